@@ -1,0 +1,132 @@
+"""Settings: one frozen Struct per process, from TOML, environment and flags in that order; the last one wins.
+
+`[gateway] port` of the file, `TIDEGATE__GATEWAY__PORT` of the environment and `--port` of the command line are one key.
+(Two underscores: Kubernetes itself sets TIDEGATE_GATEWAY_PORT for a service called tidegate-gateway.)
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import msgspec
+
+from protos.core.errors import ConfigError
+
+PREFIX = "TIDEGATE__"
+SECTIONS = ("gateway", "engine", "replay", "up")
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+
+def load(kind: type[T], section: str, *, file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> T:
+    """Parse the settings of one process.
+
+    `flags` holds what the command line gave, with dots for nested keys ("capture.level"); None means "not given".
+    Raises ConfigError with the origin, the key and the allowed values.
+    """
+    values: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if file is not None:
+        _merge(values, _read_section(file, section), origins, str(file))
+    for path, text in _from_environment(kind, section, environ).items():
+        _assign(values, path, text)
+        origins[path] = f"environment variable {_variable(section, path)}"
+    for path, value in flags.items():
+        if value is not None:
+            _assign(values, path, value)
+            origins[path] = "flag --" + path.replace(".", "-").replace("_", "-")
+    _check_keys(kind, values, (), origins, section)
+    try:
+        return msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), section, origins)) from None
+
+
+def read_file(file: Path) -> dict[str, Any]:
+    """All sections of a settings file; raises ConfigError."""
+    try:
+        data = tomllib.loads(file.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{file}: no such file; pass an existing one with --config") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{file}: not valid TOML: {error}") from None
+    for name in data:
+        if name not in SECTIONS:
+            raise ConfigError(f"{file}: unknown section [{name}]{_nearest(name, SECTIONS)}")
+    return data
+
+
+def _read_section(file: Path, section: str) -> dict[str, Any]:
+    values = read_file(file).get(section, {})
+    if not isinstance(values, dict):
+        raise ConfigError(f"{file}: {section} must be a section, written [{section}]")
+    return values
+
+
+def _from_environment(kind: type[msgspec.Struct], section: str, environ: Mapping[str, str]) -> dict[str, str]:
+    prefix = f"{PREFIX}{section.upper()}__"
+    return {
+        name[len(prefix) :].lower().replace("__", "."): text
+        for name, text in environ.items()
+        if name.startswith(prefix)
+    }
+
+
+def _variable(section: str, path: str) -> str:
+    return f"{PREFIX}{section.upper()}__{path.upper().replace('.', '__')}"
+
+
+def _merge(
+    values: dict[str, Any], given: Mapping[str, Any], origins: dict[str, str], origin: str, at: str = ""
+) -> None:
+    for key, value in given.items():
+        origins[f"{at}{key}"] = origin
+        if isinstance(value, dict):
+            _merge(values.setdefault(key, {}), value, origins, origin, f"{at}{key}.")
+        else:
+            values[key] = value
+
+
+def _assign(values: dict[str, Any], path: str, value: Any) -> None:
+    *parents, key = path.split(".")
+    for parent in parents:
+        values = values.setdefault(parent, {})
+    values[key] = value
+
+
+def _check_keys(
+    kind: type[msgspec.Struct], values: Mapping[str, Any], at: tuple[str, ...], origins: Mapping[str, str], section: str
+) -> None:
+    fields = {field.encode_name: field for field in msgspec.structs.fields(kind)}
+    for key, value in values.items():
+        path = ".".join((*at, key))
+        if key not in fields:
+            header = ".".join((section, *at))
+            origin = origins.get(path, "settings")
+            raise ConfigError(f"{origin}: unknown key '{key}' in [{header}]{_nearest(key, fields)}")
+        nested = fields[key].type
+        if isinstance(nested, type) and issubclass(nested, msgspec.Struct) and isinstance(value, dict):
+            _check_keys(nested, value, (*at, key), origins, section)
+
+
+def _nearest(key: str, known: Any) -> str:
+    names = sorted(known)
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.6)
+    return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
+
+
+def _explain(message: str, section: str, origins: Mapping[str, str]) -> str:
+    """msgspec's "Expected `int`, got `str` - at `$.port`" with the key's own name and where it was set."""
+    match = re.match(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", message, re.DOTALL)
+    assert match is not None
+    path = match["path"] or ""
+    key = re.sub(r"\[.*", "", path)
+    what = match["what"].replace("`", "")
+    return f"{origins.get(key, 'settings')}: {section}.{path or '?'}: {what[0].lower()}{what[1:]}"
