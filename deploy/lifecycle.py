@@ -1,9 +1,9 @@
 """One part's life, decided without a clock and without a process: start, ready, died, wait, start again.
 
-    waiting ──start──> starting ──probe──> ready <──probe──> silent
-       ^                  │                  │                 │
-       └────── delay ─────┴────── exit ──────┴─────────────────┘
-                          └─> gave up: misconfigured, or died too often before it was ever ready
+waiting ──start──> starting ──probe──> ready <──probe──> silent
+   ^                  │                  │                 │
+   └────── delay ─────┴────── exit ──────┴─────────────────┘
+                      └─> gave up: misconfigured, or died too often before it was ever ready
 """
 
 from __future__ import annotations
@@ -66,12 +66,16 @@ class Lifecycle:
 
     def __init__(self, policy: RestartPolicy | None = None) -> None:
         self.state = State.WAITING
-        self.restarts = 0
         self._policy = policy or RestartPolicy()
+        self._starts = 0
         self._failures = 0
         self._started_ns = 0
         self._start_at_ns = 0
         self._was_ever_ready = False
+
+    @property
+    def restarts(self) -> int:
+        return max(0, self._starts - 1)
 
     def observe(self, now_ns: int, *, exit_code: int | None, answers: bool) -> Decision | None:
         """`exit_code` is None while the process runs; `answers` is what its health probe said."""
@@ -89,7 +93,7 @@ class Lifecycle:
                 return None
 
     def _start(self, now_ns: int) -> Start:
-        self.restarts += bool(self._started_ns)
+        self._starts += 1
         self.state, self._started_ns = State.STARTING, now_ns
         return Start()
 

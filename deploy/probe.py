@@ -65,7 +65,7 @@ def is_port_free(host: str, port: int) -> bool:
 
 
 def port_owner(port: int) -> str:
-    """" by NAME (pid N)" of what listens on a port, or "" where the system does not tell."""
+    """ " by NAME (pid N)" of what listens on a port, or "" where the system does not tell."""
     try:
         connections = psutil.net_connections("tcp")
     except (psutil.Error, OSError):

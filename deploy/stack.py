@@ -2,7 +2,7 @@
 
     while True: observe each part -> its Lifecycle decides -> do it -> tell the view
 
-Stopping goes from the client inwards, so that no stream is cut: the gateway finishes its streams first, then the workers end.
+Stopping goes from the client inwards, so that no stream is cut: the gateway finishes its streams, then the workers end.
 """
 
 from __future__ import annotations

@@ -1,0 +1,147 @@
+"""`tidegate up`: the whole stack on this machine, until Ctrl-C."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from deploy.plan import LOOPBACK, TIDEGATE, Command, choose_backend, has_vllm, plan
+from deploy.settings import UpSettings
+from protos.core import settings as core_settings
+from protos.core.errors import ConfigError
+
+
+def up(
+    config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
+    backend: Annotated[str | None, typer.Option(help="auto, vllm or sim.")] = None,
+    workers: Annotated[int | None, typer.Option(help="How many engine workers.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model name, hub name or path.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address for clients.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port for clients.")] = None,
+    operator_port: Annotated[int | None, typer.Option(help="Port for metrics and state, on 127.0.0.1.")] = None,
+    worker_port: Annotated[int | None, typer.Option(help="Port of the first worker.")] = None,
+    capture_level: Annotated[str | None, typer.Option(help="full, hashed or off.")] = None,
+    capture_dir: Annotated[str | None, typer.Option(help="Where captures go.")] = None,
+    otlp_endpoint: Annotated[str | None, typer.Option(help="http://HOST:4317 for traces.")] = None,
+    log_dir: Annotated[str | None, typer.Option(help="Where the parts' logs go.")] = None,
+    started_at: Annotated[float | None, typer.Option(hidden=True, help="Unix time to count from.")] = None,
+) -> None:
+    """Serve a model on this machine: workers and the gateway, restarted when they die, drained on Ctrl-C."""
+    flags = {
+        "backend": backend, "workers": workers, "model": model, "host": host, "port": port,
+        "operator_port": operator_port, "worker_port": worker_port, "capture_level": capture_level,
+        "capture_dir": capture_dir, "otlp_endpoint": otlp_endpoint, "log_dir": log_dir,
+    }  # fmt: skip
+    serve(load(config, flags), config, started_at or time.time())
+
+
+def load(config: Path | None, flags: Mapping[str, Any]) -> UpSettings:
+    return core_settings.load(UpSettings, "up", file=config, environ=os.environ, flags=flags)
+
+
+def serve(settings: UpSettings, config: Path | None, started_at_unix_s: float) -> None:
+    """Run until SIGINT or SIGTERM, then drain. Raises ConfigError when the stack cannot be started."""
+    from rich.console import Console
+
+    from deploy.load import LoadReader
+    from deploy.parts import make_parts
+    from deploy.stack import Stack
+    from deploy.view import View
+
+    backend = choose_backend(settings.backend, has_vllm())
+    commands = plan(settings, backend, config)
+    check_ports(commands, settings)
+    console = Console(highlight=False)
+    if backend == "sim":
+        console.print(SIMULATED, soft_wrap=True, style="bold red")
+    else:
+        ensure_model(settings.model)
+    with asked_to_stop() as times_asked, View(console, LoadReader(operator_url(settings)).read) as view:
+        stack = Stack(make_parts(commands, settings), view)
+        try:
+            view.event(f"starting {len(commands)} parts; their logs are in {settings.log_dir}/")
+            stack.run(until=lambda: stack.is_ready or times_asked() > 0)
+            if not times_asked():
+                view.event(f"\nready after {time.time() - started_at_unix_s:.0f} s; stop with Ctrl-C\n")
+                view.event(next_steps(settings))
+            stack.run(until=lambda: times_asked() > 0)
+            view.event("stopping: running streams may finish; Ctrl-C again ends them now")
+            stack.stop(settings.drain_s, is_hurried=lambda: times_asked() > 1)
+            view.event("stopped")
+        finally:
+            stack.kill()
+
+
+SIMULATED = """\
+!! SIMULATED ENGINE: the tokens are made up, not a model's. Install vLLM with `make install` for real ones."""
+
+
+def operator_url(settings: UpSettings) -> str:
+    return f"http://{LOOPBACK}:{settings.operator_port}"
+
+
+def ensure_model(model: str) -> None:
+    """Fetch a model that has to be fetched before it can be served; it shows its own progress."""
+    from engine.model import is_missing
+
+    if is_missing(model) and subprocess.run([*TIDEGATE, "model", "pull", model]).returncode != 0:
+        raise ConfigError(f"model {model} could not be fetched: see above, or serve another with --model")
+
+
+def check_ports(commands: list[Command], settings: UpSettings) -> None:
+    """Raises ConfigError for the first port that two parts share or somebody else has."""
+    from deploy.probe import is_port_free, port_owner
+
+    wanted = [("operator", LOOPBACK, settings.operator_port)] + [(part.name, part.host, part.port) for part in commands]
+    seen: dict[int, str] = {}
+    for name, host, port in wanted:
+        flag = {"gateway": "--port", "operator": "--operator-port"}.get(name, "--worker-port")
+        if port in seen:
+            raise ConfigError(f"{name} and {seen[port]} both want port {port}: choose another with {flag}")
+        seen[port] = name
+        if not is_port_free(host, port):
+            raise ConfigError(
+                f"port {port} on {host}, wanted for {name}, is in use{port_owner(port)}: "
+                f"stop that, or choose another with {flag}"
+            )
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], int]]:
+    """How often SIGINT or SIGTERM came; they do nothing else inside the block."""
+    times = 0
+
+    def count(*_: object) -> None:
+        nonlocal times
+        times += 1
+
+    before = {number: signal.signal(number, count) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: times
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def next_steps(settings: UpSettings) -> str:
+    url = f"http://{LOOPBACK if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
+    captures = settings.capture_dir
+    return f"""\
+Try next, in another terminal:
+
+  curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{{
+    "model": "{settings.model}", "stream": true,
+    "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
+
+  .venv/bin/tidegate capture ls {captures}
+
+  .venv/bin/tidegate replay run {captures}/<ID> --target {url} --speed 10
+"""

@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from deploy import up
+from deploy.plan import choose_backend, plan
+from deploy.settings import UpSettings
+from protos.core.errors import ConfigError
+
+
+def flag(arguments: tuple[str, ...], name: str) -> list[str]:
+    return [arguments[index + 1] for index, argument in enumerate(arguments) if argument == name]
+
+
+def test_gateway_is_told_of_every_worker() -> None:
+    gateway, *workers = plan(UpSettings(workers=3, worker_port=9500), "sim", None)
+    assert [worker.address for worker in workers] == ["127.0.0.1:9500", "127.0.0.1:9501", "127.0.0.1:9502"]
+    assert flag(gateway.arguments, "--worker") == [worker.address for worker in workers]
+    assert all(flag(worker.arguments, "--backend") == ["sim"] for worker in workers)
+
+
+def test_every_part_reads_the_same_settings_file() -> None:
+    for part in plan(UpSettings(), "sim", Path("tide.toml")):
+        assert flag(part.arguments, "--config") == ["tide.toml"]
+
+
+def test_capture_and_traces_are_the_gateways() -> None:
+    gateway, worker = plan(UpSettings(capture_level="full", otlp_endpoint="http://127.0.0.1:4317"), "sim", None)
+    assert flag(gateway.arguments, "--capture-level") == ["full"]
+    assert flag(gateway.arguments, "--otlp-endpoint") == ["http://127.0.0.1:4317"]
+    assert "--otlp-endpoint" not in worker.arguments
+
+
+@pytest.mark.parametrize(
+    ("wanted", "has_vllm", "chosen"),
+    [("auto", True, "vllm"), ("auto", False, "sim"), ("sim", True, "sim"), ("vllm", True, "vllm")],
+)
+def test_auto_prefers_real_tokens(wanted: str, has_vllm: bool, chosen: str) -> None:
+    assert choose_backend(wanted, has_vllm) == chosen
+
+
+def test_asking_for_a_missing_vllm_says_what_to_do() -> None:
+    with pytest.raises(ConfigError, match="make install"):
+        choose_backend("vllm", has_vllm=False)
+
+
+def test_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        settings = UpSettings(port=taken.getsockname()[1])
+        with pytest.raises(ConfigError, match=rf"port {settings.port} .* gateway, is in use.*--port"):
+            up.check_ports(plan(settings, "sim", None), settings)
+
+
+def test_two_parts_on_one_port_are_refused() -> None:
+    settings = UpSettings(port=9101, worker_port=9101)
+    with pytest.raises(ConfigError, match="worker-1 and gateway both want port 9101"):
+        up.check_ports(plan(settings, "sim", None), settings)
+
+
+def test_unknown_key_names_its_neighbour(tmp_path: Path) -> None:
+    config = tmp_path / "tide.toml"
+    config.write_text("[up]\nworker = 2\n")
+    with pytest.raises(ConfigError, match="did you mean 'workers'"):
+        up.load(config, {})
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    config = tmp_path / "tide.toml"
+    config.write_text("[up]\nworkers = 2\nport = 8100\n")
+    settings = up.load(config, {"port": 8200, "workers": None})
+    assert (settings.workers, settings.port) == (2, 8200)
