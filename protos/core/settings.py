@@ -23,16 +23,25 @@ SECTIONS = ("gateway", "engine", "replay", "up")
 T = TypeVar("T", bound=msgspec.Struct)
 
 
-def load(kind: type[T], section: str, *, file: Path | None, environ: Mapping[str, str], flags: Mapping[str, Any]) -> T:
+def load(
+    kind: type[T],
+    section: str,
+    *,
+    file: Path | None,
+    environ: Mapping[str, str],
+    flags: Mapping[str, Any],
+    profile: Path | None = None,
+) -> T:
     """Parse the settings of one process.
 
-    `flags` holds what the command line gave, with dots for nested keys ("capture.level"); None means "not given".
+    `profile` is a file of ready-made values that `file` may override. `flags` holds what the command line gave, with dots for nested keys ("capture.level"); None means "not given".
     Raises ConfigError with the origin, the key and the allowed values.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    if file is not None:
-        _merge(values, _read_section(file, section), origins, str(file))
+    for source in (profile, file):
+        if source is not None:
+            _merge(values, _read_section(source, section), origins, str(source))
     for path, text in _from_environment(kind, section, environ).items():
         _assign(values, path, text)
         origins[path] = f"environment variable {_variable(section, path)}"
