@@ -1,0 +1,1 @@
+"""The worker: one engine, real or simulated, behind the Session contract."""

@@ -1,0 +1,235 @@
+"""The simulated engine in real time: `engine.sim` decides, this shell keeps the schedule and tells the sinks."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from functools import partial
+
+from engine.backend import Cancel, Sink
+from engine.context import context_exceeded, output_limit
+from engine.settings import EngineSettings
+from engine.sim.prompt import count_tokens
+from engine.sim.simulator import Limits, Sequence, Simulator, Step
+from engine.sim.text import Script, fake_logprob, write_script
+from protos.core.contract import Failed, FailureKind, Finished, Load, ModelInfo, Stamps, Started, Submit
+from protos.core.errors import ConfigError, InvalidRequest
+
+_log = logging.getLogger("tidegate.engine")
+
+DEFAULT_CONTEXT_TOKENS = 32_768
+DEFAULT_SEQUENCES = 256
+DEFAULT_BATCH_TOKENS = 8_192
+MAX_LAG_NS = 1_000_000_000
+"""A schedule further behind than this (a suspended process, an overloaded machine) is given up for a new one."""
+
+
+class _Request:
+    """One request and what its choices have come to."""
+
+    __slots__ = ("choices", "open_choices", "output_tokens", "prompt_tokens", "received_ns", "sink", "slot")
+
+    def __init__(self, slot: int, sink: Sink, received_ns: int, prompt_tokens: int) -> None:
+        self.slot = slot
+        self.sink = sink
+        self.received_ns = received_ns
+        self.prompt_tokens = prompt_tokens
+        self.choices: list[Sequence[_Choice]] = []
+        self.open_choices = 0
+        self.output_tokens = 0
+
+
+class _Choice:
+    __slots__ = ("index", "is_finished", "logprobs", "request", "script")
+
+    def __init__(self, request: _Request, index: int, script: Script, logprobs: int | None) -> None:
+        self.request = request
+        self.index = index
+        self.script = script
+        self.logprobs = logprobs
+        self.is_finished = False
+
+
+class SimBackend:
+    """Implements `engine.backend.Backend`. Ignores what only a model could obey: temperature, penalties, logit_bias."""
+
+    def __init__(self, settings: EngineSettings) -> None:
+        self._settings = settings
+        self._parameters = settings.sim
+        self._context_tokens = settings.max_model_len or DEFAULT_CONTEXT_TOKENS
+        self._limits = Limits(
+            settings.max_num_seqs or DEFAULT_SEQUENCES, settings.max_num_batched_tokens or DEFAULT_BATCH_TOKENS
+        )
+        self._simulator: Simulator[_Choice] = Simulator(self._parameters, self._limits)
+        self._arrived = asyncio.Event()
+
+    async def start(self) -> ModelInfo:
+        cache_tokens = self._parameters.kv_blocks * self._parameters.kv_block_tokens
+        if cache_tokens < self._context_tokens:
+            raise ConfigError(
+                f"engine.sim.kv_blocks: a KV cache of {cache_tokens} tokens cannot hold one context of "
+                f"{self._context_tokens}; raise kv_blocks or lower max_model_len"
+            )
+        _log.warning("SIMULATED engine: the text is made up, the times follow a formula")
+        return self._model_info()
+
+    def submit(self, submit: Submit, received_ns: int, sink: Sink) -> Cancel:
+        try:
+            prompt_tokens = count_tokens(submit.prompt)
+        except InvalidRequest as error:
+            sink.failed(_invalid(submit, received_ns, error))
+            return _nothing
+        limit = output_limit(self._context_tokens, prompt_tokens, submit.sampling.max_tokens)
+        if limit is None:
+            sink.failed(context_exceeded(submit, received_ns, self._context_tokens, prompt_tokens))
+            return _nothing
+        request = _Request(submit.slot, sink, received_ns, prompt_tokens)
+        for index in range(submit.sampling.n):
+            script = write_script(submit.prompt, submit.sampling, index, limit, self._parameters)
+            request.choices.append(
+                self._simulator.submit(
+                    _Choice(request, index, script, submit.sampling.logprobs),
+                    prompt_tokens=prompt_tokens,
+                    output_tokens=script.output_tokens,
+                    priority=submit.priority,
+                    now_ns=time.monotonic_ns(),
+                )
+            )
+        request.open_choices = len(request.choices)
+        self._arrived.set()
+        return partial(self._cancel, request)
+
+    def load(self) -> Load:
+        simulator = self._simulator
+        return Load(
+            running=simulator.running_count,
+            waiting=simulator.waiting_count,
+            kv_blocks_used=simulator.used_blocks,
+            kv_blocks_total=self._parameters.kv_blocks,
+            preemptions=simulator.preemptions,
+            step_ns=simulator.step_ns,
+            queued_prefill_tokens=simulator.queued_prefill_tokens,
+        )
+
+    async def stop(self) -> None:
+        """Nothing to release."""
+
+    # ---------------------------------------------------------------- steps
+
+    async def run(self) -> str:
+        """Steps on one schedule of absolute deadlines: an idle engine starts anew at the next arrival."""
+        deadline_ns = time.monotonic_ns()
+        while True:
+            step = self._simulator.step(deadline_ns)
+            if step is None:
+                self._arrived.clear()
+                await self._arrived.wait()
+                deadline_ns = time.monotonic_ns()
+                continue
+            deadline_ns = step.ended_ns
+            behind_ns = time.monotonic_ns() - deadline_ns
+            await asyncio.sleep(max(0, -behind_ns) / 1e9)
+            self._tell(step)
+            if behind_ns > MAX_LAG_NS:
+                _log.warning("the simulated engine is %.1f s behind its schedule and starts a new one", behind_ns / 1e9)
+                deadline_ns = time.monotonic_ns()
+
+    def _tell(self, step: Step[_Choice]) -> None:
+        for sequence in step.tokens:
+            choice = sequence.owner
+            request = choice.request
+            if not request.open_choices:
+                continue  # cancelled while the step ran
+            index = sequence.generated - 1
+            if not request.output_tokens:
+                request.sink.started(Started(request.slot, request.prompt_tokens, 0, _stamps(request)))
+            request.output_tokens += 1
+            script = choice.script
+            logprobs = None
+            if choice.logprobs is not None:
+                logprobs = (fake_logprob(script, index, choice.logprobs),)
+            request.sink.delta(request.slot, script.text(index), (script.token_id(index),), choice.index, logprobs)
+        for sequence in step.finished:
+            self._finish(sequence.owner)
+
+    def _finish(self, choice: _Choice) -> None:
+        request = choice.request
+        if request.open_choices:
+            choice.is_finished = True
+            request.open_choices -= 1
+            if not request.open_choices:
+                request.sink.finished(_finished(request))
+
+    def _cancel(self, request: _Request) -> None:
+        if request.open_choices:
+            for sequence in request.choices:
+                self._simulator.cancel(sequence)
+            request.open_choices = 0
+            request.sink.finished(_finished(request))
+
+    # ---------------------------------------------------------------- facts
+
+    def _model_info(self) -> ModelInfo:
+        settings = self._settings
+        return ModelInfo(
+            names=settings.names,
+            backend="sim",
+            backend_version="1",
+            simulated=True,
+            context_tokens=self._context_tokens,
+            max_sequences=self._limits.max_sequences,
+            max_batch_tokens=self._limits.max_batch_tokens,
+            kv_blocks=self._parameters.kv_blocks,
+            kv_block_tokens=self._parameters.kv_block_tokens,
+            has_chat_template=True,
+            device="simulated",
+            dtype="none",
+            profile=settings.profile,
+        )
+
+
+def _invalid(submit: Submit, received_ns: int, error: InvalidRequest) -> Failed:
+    return Failed(
+        slot=submit.slot,
+        kind=FailureKind.INVALID,
+        message=error.message,
+        param=error.param or "",
+        stamps=Stamps(received_ns=received_ns),
+    )
+
+
+def _finished(request: _Request) -> Finished:
+    return Finished(
+        slot=request.slot,
+        reasons=tuple(_reason(sequence) for sequence in request.choices),
+        prompt_tokens=request.prompt_tokens,
+        cached_tokens=0,
+        output_tokens=request.output_tokens,
+        preemptions=sum(sequence.preemptions for sequence in request.choices),
+        stamps=_stamps(request),
+    )
+
+
+def _reason(sequence: Sequence[_Choice]) -> str:
+    return sequence.owner.script.finish_reason if sequence.owner.is_finished else "cancelled"
+
+
+def _stamps(request: _Request) -> Stamps:
+    """The first of the choices' stamps, and their last token."""
+    choices = request.choices
+    return Stamps(
+        received_ns=request.received_ns,
+        queued_ns=choices[0].queued_ns,
+        scheduled_ns=_earliest(choices, "scheduled_ns"),
+        first_token_ns=_earliest(choices, "first_token_ns"),
+        last_token_ns=max(choice.last_token_ns for choice in choices),
+    )
+
+
+def _earliest(choices: list[Sequence[_Choice]], stamp: str) -> int:
+    return min((value for choice in choices if (value := getattr(choice, stamp))), default=0)
+
+
+def _nothing() -> None:
+    """Cancel of a request that failed at once."""

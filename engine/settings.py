@@ -1,0 +1,54 @@
+"""Settings of a worker."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from engine.sim.parameters import SimParameters
+
+DEFAULT_MODEL = "SmolLM2-135M-Instruct"
+
+
+class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Section [engine]. None leaves a choice to the backend."""
+
+    backend: Literal["vllm", "sim"] = "vllm"
+    model: str = DEFAULT_MODEL
+    """Name of a pulled model, a path, or a name on the model hub."""
+    served_model_name: list[str] = []
+    """Names that clients use; the model's own where none is given."""
+    host: str = "127.0.0.1"
+    port: int = 9101
+    name: str = "worker-1"
+    profile: str = ""
+    drain_s: float = 60.0
+    """After SIGTERM running requests get this long to finish."""
+    is_verbose: bool = False
+
+    max_model_len: int | None = None
+    max_num_seqs: int | None = None
+    max_num_batched_tokens: int | None = None
+
+    dtype: str = "auto"
+    quantization: str | None = None
+    tensor_parallel_size: int = 1
+    enforce_eager: bool = False
+    gpu_memory_utilization: float | None = None
+    """Share of a GPU's memory that vLLM may use."""
+    cpu_kv_cache_gib: int = 2
+    """KV cache where vLLM runs on the CPU."""
+    cpu_cores: str = "auto"
+    """Cores for vLLM on the CPU, as "0-3"; "auto" leaves the binding to vLLM."""
+    vllm: dict[str, Any] = {}
+    """Any other argument of vLLM's AsyncEngineArgs, by its Python name."""
+
+    sim: SimParameters = SimParameters()
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may call the model; the first is its name in answers."""
+        is_path = self.model.startswith(("/", ".", "~"))
+        return tuple(self.served_model_name) or (Path(self.model).name if is_path else self.model,)

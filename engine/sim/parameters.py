@@ -1,0 +1,34 @@
+"""What a simulated engine costs and holds."""
+
+from __future__ import annotations
+
+import msgspec
+
+
+class SimParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Duration of a step and size of the KV cache. The defaults are an engine that takes no time.
+
+    T_step = step_us + prefill_token_us * p + prefill_pair_ns * p * context + decode_us * d + kv_token_ns * k, with p
+    prompt tokens computed in the step, d sequences decoded, k tokens of context that they read.
+    """
+
+    step_us: float = 0.0
+    prefill_token_us: float = 0.0
+    prefill_pair_ns: float = 0.0
+    decode_us: float = 0.0
+    kv_token_ns: float = 0.0
+    step_ms: float | None = None
+    """Fixed duration of every step, in place of the formula: for benchmarks that want an exact pace."""
+    kv_blocks: int = 65_536
+    kv_block_tokens: int = 16
+    mean_output_tokens: int = 128
+    """Mean number of tokens until end-of-sequence, where the request does not ignore it."""
+
+    def duration_ns(self, prefill_tokens: int, prefill_pairs: float, decodes: int, kv_tokens: int) -> int:
+        if self.step_ms is not None:
+            return int(self.step_ms * 1e6)
+        return int(
+            1e3 * (self.step_us + self.prefill_token_us * prefill_tokens + self.decode_us * decodes)
+            + self.prefill_pair_ns * prefill_pairs
+            + self.kv_token_ns * kv_tokens
+        )

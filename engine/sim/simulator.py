@@ -1,0 +1,256 @@
+"""A continuous-batching engine, one step at a time: no I/O, no clock.
+
+Sequences run in order of arrival under a budget of tokens per step, decodes and running prefills first, then new
+sequences as slots, budget and KV blocks allow. When blocks run out, the sequence that was admitted last gives its
+blocks back and waits to be computed again. The policy is that of vLLM's V1 scheduler, without its prefix cache.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import Generic, TypeVar
+
+import msgspec
+
+from engine.sim.parameters import SimParameters
+
+T = TypeVar("T")
+
+
+class Limits(msgspec.Struct, frozen=True):
+    max_sequences: int
+    max_batch_tokens: int
+
+
+class Sequence(Generic[T]):
+    """One sequence. `output_tokens` is how many it will generate, known from the start; `owner` is the caller's."""
+
+    __slots__ = (
+        "blocks",
+        "computed",
+        "first_token_ns",
+        "generated",
+        "is_over",
+        "is_running",
+        "last_token_ns",
+        "output_tokens",
+        "owner",
+        "preemptions",
+        "prompt_tokens",
+        "queued_ns",
+        "rank",
+        "scheduled_ns",
+    )
+
+    def __init__(self, owner: T, prompt_tokens: int, output_tokens: int, rank: tuple[int, int], queued_ns: int) -> None:
+        self.owner = owner
+        self.prompt_tokens = prompt_tokens
+        self.output_tokens = output_tokens
+        self.rank = rank
+        self.queued_ns = queued_ns
+        self.scheduled_ns = 0
+        self.first_token_ns = 0
+        self.last_token_ns = 0
+        self.generated = 0
+        self.computed = 0
+        """Tokens whose KV is in the cache."""
+        self.blocks = 0
+        self.preemptions = 0
+        self.is_running = False
+        self.is_over = False
+
+    @property
+    def uncomputed(self) -> int:
+        return self.prompt_tokens + self.generated - self.computed
+
+
+class Step(Generic[T]):
+    """What one step does; all of it is visible at `ended_ns`."""
+
+    __slots__ = ("ended_ns", "finished", "tokens")
+
+    def __init__(self, ended_ns: int, tokens: list[Sequence[T]], finished: list[Sequence[T]]) -> None:
+        self.ended_ns = ended_ns
+        self.tokens = tokens
+        """Sequences that got one token each; the ones whose `generated` is 1 got their first."""
+        self.finished = finished
+        """Those of `tokens` whose token was their last."""
+
+
+class Simulator(Generic[T]):
+    """State has one owner: whoever calls `step`. Raises nothing; the caller keeps prompts within the KV cache."""
+
+    def __init__(self, parameters: SimParameters, limits: Limits) -> None:
+        self._parameters = parameters
+        self._limits = limits
+        self._block_tokens = parameters.kv_block_tokens
+        self._running: list[Sequence[T]] = []
+        self._waiting: list[tuple[tuple[int, int], Sequence[T]]] = []
+        """A heap by (priority, arrival). Cancelled sequences stay until they surface."""
+        self._submitted = 0
+        self._free_blocks = parameters.kv_blocks
+        self._cancelled_running = 0
+        self.waiting_count = 0
+        self.queued_prefill_tokens = 0
+        """Tokens that waiting sequences have to compute before their next token."""
+        self.preemptions = 0
+        self.step_ns = 0
+
+    @property
+    def running_count(self) -> int:
+        return len(self._running) - self._cancelled_running
+
+    @property
+    def used_blocks(self) -> int:
+        return self._parameters.kv_blocks - self._free_blocks
+
+    def submit(
+        self, owner: T, *, prompt_tokens: int, output_tokens: int, priority: int = 0, now_ns: int
+    ) -> Sequence[T]:
+        """Queue a sequence of at least one prompt and one output token that together fit the KV cache."""
+        assert prompt_tokens > 0
+        assert output_tokens > 0
+        assert prompt_tokens + output_tokens <= self._parameters.kv_blocks * self._block_tokens
+        self._submitted += 1
+        sequence = Sequence(owner, prompt_tokens, output_tokens, (priority, self._submitted), now_ns)
+        self._enqueue(sequence)
+        return sequence
+
+    def cancel(self, sequence: Sequence[T]) -> bool:
+        """Forget a sequence and free its blocks at once. False where it is over already."""
+        if sequence.is_over:
+            return False
+        sequence.is_over = True
+        if sequence.is_running:
+            self._cancelled_running += 1
+            self._release(sequence)
+        else:
+            self.waiting_count -= 1
+            self.queued_prefill_tokens -= sequence.uncomputed
+        return True
+
+    def step(self, now_ns: int) -> Step[T] | None:
+        """Run one step that starts at `now_ns`; None where there is nothing to run."""
+        self._sweep()
+        if not self.running_count and not self.waiting_count:
+            return None
+        scheduled: list[Sequence[T]] = []
+        chunks: list[int] = []
+        budget = self._limits.max_batch_tokens
+        preemptions = self.preemptions
+        budget = self._schedule_running(scheduled, chunks, budget)
+        if self.preemptions == preemptions:
+            self._admit(scheduled, chunks, budget, now_ns)
+        self.step_ns = self._duration_ns(scheduled, chunks)
+        return self._advance(scheduled, chunks, now_ns + self.step_ns)
+
+    def _schedule_running(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int) -> int:
+        running = self._running
+        block_tokens = self._block_tokens
+        index = 0
+        while index < len(running) and budget > 0:
+            sequence = running[index]
+            chunk = sequence.prompt_tokens + sequence.generated - sequence.computed
+            if chunk > budget:
+                chunk = budget
+            if sequence.computed + chunk > sequence.blocks * block_tokens and not self._grow(sequence, chunk):
+                break
+            scheduled.append(sequence)
+            chunks.append(chunk)
+            budget -= chunk
+            index += 1
+        return budget
+
+    def _grow(self, sequence: Sequence[T], chunk: int) -> bool:
+        """Give a running sequence the blocks for its next tokens, taking them from the last ones admitted.
+
+        False where it had to give up its own.
+        """
+        needed = -(-(sequence.computed + chunk) // self._block_tokens) - sequence.blocks
+        while needed > self._free_blocks:
+            victim = self._running.pop()
+            self._preempt(victim)
+            if victim is sequence:
+                return False
+        sequence.blocks += needed
+        self._free_blocks -= needed
+        return True
+
+    def _admit(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int, now_ns: int) -> None:
+        while self._waiting and budget > 0 and len(self._running) < self._limits.max_sequences:
+            sequence = self._waiting[0][1]
+            if sequence.is_over:
+                heapq.heappop(self._waiting)
+                continue
+            chunk = min(sequence.uncomputed, budget)
+            blocks = -(-chunk // self._block_tokens)
+            if blocks > self._free_blocks:
+                return
+            heapq.heappop(self._waiting)
+            self.waiting_count -= 1
+            self.queued_prefill_tokens -= sequence.uncomputed
+            self._free_blocks -= blocks
+            sequence.blocks = blocks
+            sequence.is_running = True
+            sequence.scheduled_ns = sequence.scheduled_ns or now_ns
+            self._running.append(sequence)
+            scheduled.append(sequence)
+            chunks.append(chunk)
+            budget -= chunk
+
+    def _duration_ns(self, scheduled: list[Sequence[T]], chunks: list[int]) -> int:
+        prefill_tokens = prefill_pairs = decodes = kv_tokens = 0
+        for sequence, chunk in zip(scheduled, chunks, strict=True):
+            if chunk == 1 and sequence.generated:
+                decodes += 1
+                kv_tokens += sequence.computed
+            else:
+                prefill_tokens += chunk
+                prefill_pairs += chunk * (2 * sequence.computed + chunk) // 2
+        return self._parameters.duration_ns(prefill_tokens, prefill_pairs, decodes, kv_tokens)
+
+    def _advance(self, scheduled: list[Sequence[T]], chunks: list[int], ended_ns: int) -> Step[T]:
+        tokens: list[Sequence[T]] = []
+        finished: list[Sequence[T]] = []
+        for sequence, chunk in zip(scheduled, chunks, strict=True):
+            sequence.computed += chunk
+            if sequence.computed < sequence.prompt_tokens + sequence.generated:
+                continue
+            sequence.generated += 1
+            sequence.last_token_ns = ended_ns
+            tokens.append(sequence)
+            if sequence.generated == 1:
+                sequence.first_token_ns = ended_ns
+            if sequence.generated == sequence.output_tokens:
+                finished.append(sequence)
+        if finished:
+            self._retire(finished)
+        return Step(ended_ns, tokens, finished)
+
+    def _retire(self, finished: list[Sequence[T]]) -> None:
+        for sequence in finished:
+            sequence.is_over = True
+            self._release(sequence)
+        self._running = [sequence for sequence in self._running if not sequence.is_over]
+
+    def _sweep(self) -> None:
+        if self._cancelled_running:
+            self._running = [sequence for sequence in self._running if not sequence.is_over]
+            self._cancelled_running = 0
+
+    def _preempt(self, sequence: Sequence[T]) -> None:
+        self._release(sequence)
+        sequence.computed = 0
+        sequence.is_running = False
+        sequence.preemptions += 1
+        self.preemptions += 1
+        self._enqueue(sequence)
+
+    def _enqueue(self, sequence: Sequence[T]) -> None:
+        heapq.heappush(self._waiting, (sequence.rank, sequence))
+        self.waiting_count += 1
+        self.queued_prefill_tokens += sequence.uncomputed
+
+    def _release(self, sequence: Sequence[T]) -> None:
+        self._free_blocks += sequence.blocks
+        sequence.blocks = 0
