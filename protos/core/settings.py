@@ -34,8 +34,9 @@ def load(
 ) -> T:
     """Parse the settings of one process.
 
-    `profile` is a file of ready-made values that `file` may override. `flags` holds what the command line gave, with dots for nested keys ("capture.level"); None means "not given".
-    Raises ConfigError with the origin, the key and the allowed values.
+    `profile` is a file of ready-made values that `file` may override. `flags` holds what the command line gave, with
+    dots for nested keys ("capture.level"); None means "not given". Raises ConfigError with the origin, the key and the
+    allowed values.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
