@@ -10,6 +10,7 @@ import asyncio
 import collections
 import json
 import re
+import sys
 import time
 from collections.abc import Sequence
 
@@ -74,9 +75,9 @@ def chat_request(*, model: str, prompt: str, tokens: int, is_stream: bool) -> Re
 
 
 class Load:
-    """`streams` connections to one port; `requests` are taken in turn, over all connections."""
+    """`streams` connections to one port; `requests` are taken in turn by all of them, again and again or `is_once`."""
 
-    def __init__(self, port: int, requests: Sequence[Request], streams: int) -> None:
+    def __init__(self, port: int, requests: Sequence[Request], streams: int, *, is_once: bool = False) -> None:
         self.answers: list[Answer] = []
         self.events = self.reads = self.bytes = self.errors = 0
         self.first_reads = 0
@@ -86,6 +87,7 @@ class Load:
         self._requests = requests
         self._encoded = [request.encode(port) for request in requests]
         self._next = 0
+        self._limit = len(requests) if is_once else sys.maxsize
         self._connections = [_Connection(self, is_sampled=index % 32 == 0) for index in range(streams)]
         self._idle = asyncio.Event()
         self._busy = 0
@@ -101,6 +103,10 @@ class Load:
     async def stop(self, timeout_s: float) -> None:
         """Let what is in flight finish, send nothing more, and close. What does not finish is an error."""
         self.is_stopping = True
+        await self.wait(timeout_s)
+
+    async def wait(self, timeout_s: float) -> None:
+        """Until nothing is in flight, which without `stop` is when the requests of `is_once` are answered; close."""
         try:
             async with asyncio.timeout(timeout_s):
                 while self._busy:
@@ -130,10 +136,10 @@ class Load:
         self.answers.append(answer)
         if answer.error:
             self.errors += 1
-        if self.is_stopping:
-            self._idle.set()
-        elif not answer.error:
+        if not (self.is_stopping or answer.error or self._next >= self._limit):
             connection.send()
+        elif not self._busy:
+            self._idle.set()
 
     async def _connect(self, connection: _Connection) -> None:
         await asyncio.get_running_loop().create_connection(lambda: connection, "127.0.0.1", self._port)

@@ -10,6 +10,7 @@ import contextlib
 import importlib.util
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
@@ -151,56 +152,63 @@ def _vllm_router_command(folder: Path, port: int, source_port: int) -> tuple[lis
 _COMMANDS = {"envoy": _envoy_command, "vllm-router": _vllm_router_command}
 
 
-class TidegateProxy:
-    """The gateway with hashed capture and tracing, in front of a simulated worker that steps at the source's pace."""
+class Tidegate:
+    """A gateway with hashed capture and tracing, a worker, and a trace sink.
+
+    `engine` is the [engine] section of the worker's settings, in TOML, without host and port.
+    """
 
     name = "tidegate"
-    model = SIM_MODEL
 
-    def __init__(self, folder: Path, step_ms: float) -> None:
-        self._capture_dir = folder / "captures"
-        self._span_count_file = folder / "spans.txt"
-        self._parts = _Parts()
+    def __init__(
+        self, folder: Path, *, model: str, engine: str, gateway_cores: Sequence[int], other_cores: Sequence[int]
+    ) -> None:
+        self.model = model
         self.port = free_port()
-        worker_port, otlp_port, operator_port = free_port(), free_port(), free_port()
+        self._folder = folder
+        self._captures = folder / "captures"
+        self._span_count = folder / "spans.txt"
+        self._parts = _Parts()
+        folder.mkdir(parents=True, exist_ok=True)
         try:
-            self._start_sink(folder, otlp_port)
-            self._start_worker(folder, worker_port, step_ms)
-            config = folder / "gateway.toml"
-            config.write_text(_GATEWAY_TOML)
-            command = [*_TIDEGATE, "gateway", "--port", str(self.port), "--operator-port", str(operator_port)]
-            command += ["--worker", f"127.0.0.1:{worker_port}", "--config", str(config)]
-            command += ["--capture-dir", str(self._capture_dir), "--otlp-endpoint", f"http://127.0.0.1:{otlp_port}"]
-            self.process = self._parts.start(Process("gateway", command, cores=PROXY_CORES, log=folder / "gateway.log"))
-            self.process.wait_until(lambda: answers(f"http://127.0.0.1:{self.port}/ready"))
+            worker_port = free_port()
+            self.worker = self._start_worker(engine, worker_port, other_cores)
+            otlp_port = self._start_sink(other_cores)
+            self.process = self._start_gateway(worker_port, otlp_port, gateway_cores)
         except BaseException:
             self.close()
             raise
 
-    def _start_sink(self, folder: Path, port: int) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "tests.bench.otlp_sink", "--port", str(port)]
-        command += ["--count-file", str(self._span_count_file)]
-        sink = self._parts.start(Process("otlp sink", command, cores=LOAD_CORES, log=folder / "sink.log"))
-        sink.wait_until(self._span_count_file.exists)
+    def _start_worker(self, engine: str, port: int, cores: Sequence[int]) -> Process:
+        config = self._folder / "engine.toml"
+        config.write_text(engine)
+        command = [*_TIDEGATE, "engine", "--port", str(port), "--config", str(config)]
+        return self._parts.start(Process("worker", command, cores=cores, log=self._folder / "worker.log"))
 
-    def _start_worker(self, folder: Path, port: int, step_ms: float) -> None:
-        config = folder / "engine.toml"
-        config.write_text(_ENGINE_TOML.format(step_ms=step_ms))
-        command = [*_TIDEGATE, "engine", "--backend", "sim", "--model", SIM_MODEL, "--port", str(port)]
-        command += ["--config", str(config)]
-        self._parts.start(Process("sim worker", command, cores=LOAD_CORES, log=folder / "worker.log"))
+    def _start_sink(self, cores: Sequence[int]) -> int:
+        port = free_port()
+        command = [sys.executable, "-m", "tests.bench.otlp_sink", "--port", str(port)]
+        command += ["--count-file", str(self._span_count)]
+        sink = self._parts.start(Process("trace sink", command, cores=cores, log=self._folder / "sink.log"))
+        sink.wait_until(self._span_count.exists)
+        return port
+
+    def _start_gateway(self, worker_port: int, otlp_port: int, cores: Sequence[int]) -> Process:
+        config = self._folder / "gateway.toml"
+        config.write_text(_GATEWAY_TOML)
+        command = [*_TIDEGATE, "gateway", "--port", str(self.port), "--operator-port", str(free_port())]
+        command += ["--worker", f"127.0.0.1:{worker_port}", "--capture-dir", str(self._captures)]
+        command += ["--otlp-endpoint", f"http://127.0.0.1:{otlp_port}", "--config", str(config)]
+        gateway = self._parts.start(Process("gateway", command, cores=cores, log=self._folder / "gateway.log"))
+        gateway.wait_until(lambda: answers(f"http://127.0.0.1:{self.port}/ready"), timeout_s=300.0)
+        return gateway
 
     def close(self) -> None:
         self._parts.close()
 
     def evidence(self) -> dict[str, int]:
-        counts = {
-            "spans exported": int(self._span_count_file.read_text()),
-            "captured entries": 0,
-            "captures dropped": 0,
-        }
-        for directory in self._capture_dir.iterdir():
+        counts = {"spans exported": int(self._span_count.read_text()), "captured entries": 0, "captures dropped": 0}
+        for directory in self._captures.iterdir():
             manifest = journal.read_manifest(directory)
             counts["captured entries"] += manifest.entries
             counts["captures dropped"] += manifest.dropped
@@ -208,7 +216,9 @@ class TidegateProxy:
 
 
 _TIDEGATE = (sys.executable, "-m", "deploy")
-_ENGINE_TOML = """[engine]
+_SIM_TOML = """[engine]
+backend = "sim"
+model = "{model}"
 max_num_seqs = 4096
 max_num_batched_tokens = 1000000
 [engine.sim]
@@ -224,4 +234,7 @@ NAMES = ("tidegate", "envoy", "vllm-router")
 
 def open_proxy(name: str, folder: Path, step_ms: float) -> Proxy:
     """Start a proxy and its source, and wait until it answers. Raises BenchError."""
-    return TidegateProxy(folder, step_ms) if name == "tidegate" else HttpProxy(name, folder, step_ms)
+    if name != "tidegate":
+        return HttpProxy(name, folder, step_ms)
+    engine = _SIM_TOML.format(model=SIM_MODEL, step_ms=step_ms)
+    return Tidegate(folder, model=SIM_MODEL, engine=engine, gateway_cores=PROXY_CORES, other_cores=LOAD_CORES)
