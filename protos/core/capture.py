@@ -108,6 +108,7 @@ class CaptureWriter(journal.JournalWriter[CaptureItem]):
     """Writes `root/<id>/`. `key` is for the hashed level: the same key makes two captures comparable."""
 
     def __init__(self, root: Path, *, id: str, writer: str, level: Level, key: bytes, **limits: Any) -> None:
+        self.level = level
         super().__init__(
             root / id,
             kind=KIND,

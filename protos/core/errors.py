@@ -7,6 +7,7 @@
     └── RequestError        what a client is told; carries an HTTP status and a gRPC status
         ├── InvalidRequest      400  the request is wrong; repeating it is useless
         ├── UnknownModel        404  no worker serves the model
+        ├── BodyTimeout         408  the body did not arrive in time
         ├── TooLarge            413  body over the limit
         ├── Overloaded          429  capacity is contended or a limit was hit; retry after a while
         ├── Unavailable         503  nothing is ready, or draining, or the worker failed before the first token
@@ -37,11 +38,11 @@ class CaptureError(TidegateError):
 class ProtocolMismatch(TidegateError):
     code = "protocol_mismatch"
 
-    def __init__(self, worker: str, theirs: int, ours: int) -> None:
-        older = "worker" if theirs < ours else "gateway"
-        super().__init__(
-            f"worker {worker} speaks Session protocol {theirs}, this gateway speaks {ours}: upgrade the {older}"
-        )
+    @classmethod
+    def between(cls, *, worker: int, gateway: int) -> ProtocolMismatch:
+        """Versions of the two ends; both ends say the same."""
+        older = "worker" if worker < gateway else "gateway"
+        return cls(f"the worker speaks Session protocol {worker}, the gateway {gateway}: upgrade the {older}")
 
 
 class RequestError(TidegateError):
@@ -86,6 +87,14 @@ class UnknownModel(RequestError):
     http_status = 404
     grpc_status = grpc.StatusCode.NOT_FOUND
     type = "invalid_request_error"
+
+
+class BodyTimeout(RequestError):
+    code = "request_timeout"
+    http_status = 408
+    grpc_status = grpc.StatusCode.DEADLINE_EXCEEDED
+    type = "invalid_request_error"
+    retry_safe = True
 
 
 class TooLarge(RequestError):

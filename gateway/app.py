@@ -1,0 +1,179 @@
+"""The two HTTP applications: what clients reach, and what operators reach. They never share a listener."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from litestar import Litestar, MediaType, Request, Response, get
+from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
+from litestar.handlers import ASGIRouteHandler, asgi
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.registry import CollectorRegistry
+
+from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render_error
+from gateway.calls import parse_chat, parse_completion, parse_generate
+from gateway.fleet import Fleet
+from gateway.pipeline import Endpoint, Pipeline
+from gateway.recorder import Recorder
+from gateway.scheduler import Scheduler
+from protos.core.errors import InvalidRequest, RequestError, Unavailable
+
+log = logging.getLogger("tidegate.gateway")
+
+ENDPOINTS = (
+    Endpoint("/v1/chat/completions", parse_chat, ChatAnswer),
+    Endpoint("/v1/completions", parse_completion, CompletionAnswer),
+    Endpoint("/generate", parse_generate, GenerateAnswer),
+)
+
+
+class NotHere(InvalidRequest):
+    code = "not_found"
+    http_status = 404
+
+
+class WrongMethod(InvalidRequest):
+    code = "method_not_allowed"
+    http_status = 405
+
+
+class Bug(RequestError):
+    code = "internal_error"
+
+
+def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler) -> Litestar:
+    """OpenAI's API, /generate, and the probes."""
+
+    @get("/v1/models", sync_to_thread=False)
+    def models() -> dict[str, Any]:
+        return {"object": "list", "data": _models(scheduler, fleet)}
+
+    return _app([*(_inference(pipeline, endpoint) for endpoint in ENDPOINTS), models, *_probes(pipeline, fleet)])
+
+
+def operator_app(
+    pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Recorder, registry: CollectorRegistry
+) -> Litestar:
+    """Metrics, state and the probes."""
+
+    @get("/metrics", sync_to_thread=False)
+    def metrics() -> Response[bytes]:
+        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+
+    @get("/admin/state", sync_to_thread=False)
+    def state() -> dict[str, Any]:
+        return _state(pipeline, fleet, scheduler, recorder)
+
+    return _app([metrics, state, *_probes(pipeline, fleet)])
+
+
+def _app(handlers: list[Any]) -> Litestar:
+    return Litestar(
+        handlers,
+        exception_handlers={HTTPException: _explain_http, Exception: _explain_bug},
+        openapi_config=None,
+        debug=False,
+    )
+
+
+def _inference(pipeline: Pipeline, endpoint: Endpoint) -> ASGIRouteHandler:
+    """A plain ASGI route: tokens go to the server's `send` without a response object in between."""
+
+    @asgi(endpoint.path, copy_scope=False)
+    async def handle(scope: Any, receive: Any, send: Any) -> None:
+        if scope["method"] != "POST":
+            raise MethodNotAllowedException
+        await pipeline.handle(endpoint, scope, receive, send)
+
+    return handle
+
+
+def _probes(pipeline: Pipeline, fleet: Fleet) -> list[Any]:
+    @get("/health", sync_to_thread=False)
+    def health() -> dict[str, str]:
+        return {"status": "ok"}
+
+    @get("/ready", sync_to_thread=False)
+    def ready() -> Response[dict[str, str]]:
+        if pipeline.is_draining:
+            return Response({"status": "draining"}, status_code=503)
+        if not fleet.is_ready:
+            return Response({"status": "no worker"}, status_code=503)
+        return Response({"status": "ready"})
+
+    return [health, ready]
+
+
+def _models(scheduler: Scheduler, fleet: Fleet) -> list[dict[str, Any]]:
+    entries: dict[str, dict[str, Any]] = {}
+    for worker in scheduler.workers:
+        model = worker.model
+        for name in model.names:
+            entry = entries.setdefault(
+                name,
+                {
+                    "id": name,
+                    "object": "model",
+                    "created": 0,
+                    "owned_by": "tidegate",
+                    "max_model_len": model.context_tokens,
+                    "tidegate": {
+                        "backend": model.backend,
+                        "simulated": model.simulated,
+                        "context_tokens": model.context_tokens,
+                        "workers": 0,
+                    },
+                },
+            )
+            entry["tidegate"]["workers"] += 1
+    return list(entries.values())
+
+
+def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Recorder) -> dict[str, Any]:
+    capture = recorder.capture_stats()
+    exported, dropped = recorder.trace_counts()
+    return {
+        "is_draining": pipeline.is_draining,
+        "active": pipeline.active,
+        "queued": scheduler.queued,
+        "queued_bytes": scheduler.queued_bytes,
+        "leases": len(scheduler.ledger),
+        "workers": [
+            {
+                "address": session.address,
+                "state": session.state,
+                "name": session.welcome.worker if session.welcome else None,
+                "boot_id": session.welcome.boot_id if session.welcome else None,
+                "model": session.welcome.model if session.welcome else None,
+                "last_error": session.last_error,
+                "leases": scheduler.ledger.held_by(session.name).requests,
+                "load": session.load,
+            }
+            for session in fleet.sessions.values()
+        ],
+        "capture": capture,
+        "traces": {"exported": exported, "dropped": dropped},
+    }
+
+
+def _explain_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
+    """Litestar's own refusals, in OpenAI's words."""
+    match error:
+        case NotFoundException():
+            return _refuse(NotHere(f"{request.url.path}: no such endpoint"))
+        case MethodNotAllowedException():
+            return _refuse(WrongMethod(f"{request.method} is not allowed on {request.url.path}"))
+        case _:
+            return _refuse(InvalidRequest(error.detail), status=error.status_code)
+
+
+def _explain_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
+    if isinstance(error, Unavailable):
+        return _refuse(error)
+    log.error("bug while answering %s", request.url.path, exc_info=error)
+    return _refuse(Bug("internal error"))
+
+
+def _refuse(error: RequestError, status: int | None = None) -> Response[bytes]:
+    return Response(render_error(error), status_code=status or error.http_status, media_type=MediaType.JSON)

@@ -1,0 +1,346 @@
+"""What a client asked for, checked: JSON bodies in, a `Call` or an InvalidRequest out. Loose dicts stop here.
+
+Fields that we do not know are tolerated, because clients send them; fields that we know and do not support are refused
+by name, because ignoring them would change the answer.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import msgspec
+
+from protos.core.contract import ChatPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
+from protos.core.errors import InvalidRequest
+
+BYTES_PER_TOKEN = 4
+"""Estimate for prompts that no one has tokenized yet; workers report the truth."""
+
+INT64_MAX = 2**63 - 1
+Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
+Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
+Seed = Annotated[int, msgspec.Meta(ge=-INT64_MAX - 1, le=INT64_MAX)]
+TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
+Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
+Stop = str | Annotated[list[str], msgspec.Meta(max_length=16)]
+
+
+class StreamOptions(msgspec.Struct):
+    include_usage: bool | None = None
+
+
+class _SamplingFields(msgspec.Struct, kw_only=True):
+    """What the OpenAI endpoints share; the second group are vLLM's extensions."""
+
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=128)] | None = None
+    stop: Stop | None = None
+    seed: Seed | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+
+    top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
+    repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    stop_token_ids: list[TokenId] | None = None
+    include_stop_str_in_output: bool | None = None
+    skip_special_tokens: bool | None = None
+
+
+class ChatBody(_SamplingFields, kw_only=True):
+    """Body of POST /v1/chat/completions."""
+
+    messages: msgspec.Raw
+    max_completion_tokens: Count | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    chat_template_kwargs: msgspec.Raw | None = None
+
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    functions: list[Any] | None = None
+    function_call: Any = None
+    response_format: dict[str, Any] | None = None
+    modalities: list[str] | None = None
+    audio: Any = None
+
+
+class CompletionBody(_SamplingFields, kw_only=True):
+    """Body of POST /v1/completions. One prompt: text or token ids."""
+
+    prompt: str | list[Any]
+    logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
+    echo: bool | None = None
+    suffix: str | None = None
+    best_of: int | None = None
+
+
+class GenerateBody(msgspec.Struct, kw_only=True):
+    """Body of POST /generate."""
+
+    prompt: str
+    model: str | None = None
+    max_tokens: Count | None = None
+    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
+    frequency_penalty: Penalty | None = None
+
+
+class TextPart(msgspec.Struct):
+    type: str
+    text: str | None = None
+
+
+class Message(msgspec.Struct):
+    role: str
+    content: str | list[TextPart] | None = None
+    tool_calls: list[Any] | None = None
+
+
+class Call(msgspec.Struct, frozen=True, kw_only=True):
+    """One checked request. `prompt_bytes` is the prompt in canonical form: what captures hash and estimates count."""
+
+    model: str | None
+    prompt: Prompt
+    prompt_bytes: bytes
+    sampling: Sampling
+    is_stream: bool = False
+    wants_usage: bool = False
+
+    @property
+    def prompt_tokens_estimate(self) -> int:
+        if isinstance(self.prompt, TokenPrompt):
+            return len(self.prompt.token_ids)
+        return len(self.prompt_bytes) // BYTES_PER_TOKEN + 1
+
+
+Parser = Callable[[bytes], Call | InvalidRequest]
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+_MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
+_PATH = re.compile(r" - at `(?:key in )?\$\.?(?P<path>[^`]*)`$")
+_chat_decoder = msgspec.json.Decoder(ChatBody)
+_completion_decoder = msgspec.json.Decoder(CompletionBody)
+_generate_decoder = msgspec.json.Decoder(GenerateBody)
+_messages_decoder = msgspec.json.Decoder(list[Message])
+_kwargs_decoder = msgspec.json.Decoder(dict[str, Any])
+_token_ids_decoder_type = tuple[TokenId, ...]
+
+
+def parse_chat(body: bytes) -> Call | InvalidRequest:
+    """A body of /v1/chat/completions."""
+    return _guarded(_parse_chat, body)
+
+
+def parse_completion(body: bytes) -> Call | InvalidRequest:
+    """A body of /v1/completions."""
+    return _guarded(_parse_completion, body)
+
+
+def parse_generate(body: bytes) -> Call | InvalidRequest:
+    """A body of /generate."""
+    return _guarded(_parse_generate, body)
+
+
+def _guarded(parse: Callable[[bytes], Call], body: bytes) -> Call | InvalidRequest:
+    try:
+        return parse(body)
+    except InvalidRequest as error:
+        return error
+    except msgspec.ValidationError as error:
+        return _explain(str(error))
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        return InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json")
+    except RecursionError:
+        return InvalidRequest("the body is nested too deeply", code="invalid_json")
+
+
+def _explain(message: str) -> InvalidRequest:
+    """msgspec's message as one that names the field in the client's terms."""
+    path = match["path"] if (match := _PATH.search(message)) else ""
+    what = _PATH.sub("", message).replace("`", "")
+    if missing := _MISSING.search(message):
+        param = f"{path}.{missing['field']}" if path else missing["field"]
+        return InvalidRequest(f"{param}: is required", param=param, code="missing_required_parameter")
+    param = path or None
+    where = f"{param}: " if param else "the body: "
+    return InvalidRequest(f"{where}{what[:1].lower()}{what[1:]}", param=param)
+
+
+def _parse_chat(body: bytes) -> Call:
+    chat = _chat_decoder.decode(body)
+    messages = bytes(chat.messages)
+    _check_messages(messages)
+    _refuse_unsupported(chat, ("tools", "functions", "function_call", "audio"))
+    if chat.tool_choice not in (None, "none", "auto"):
+        raise _unsupported("tool_choice")
+    if chat.response_format is not None and chat.response_format.get("type") != "text":
+        raise _unsupported("response_format")
+    if chat.modalities not in (None, ["text"]):
+        raise _unsupported("modalities")
+    if chat.top_logprobs is not None and not chat.logprobs:
+        raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
+    template_kwargs = b""
+    if chat.chat_template_kwargs is not None and (template_kwargs := bytes(chat.chat_template_kwargs)) != b"null":
+        _decode_field(_kwargs_decoder, template_kwargs, "chat_template_kwargs")
+    return _call(
+        chat,
+        prompt=ChatPrompt(messages, template_kwargs),
+        prompt_bytes=messages,
+        max_tokens=chat.max_completion_tokens or chat.max_tokens,
+        logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+    )
+
+
+def _parse_completion(body: bytes) -> Call:
+    completion = _completion_decoder.decode(body)
+    if completion.echo:
+        raise _unsupported("echo")
+    if completion.suffix:
+        raise _unsupported("suffix")
+    if completion.best_of is not None and completion.best_of != (completion.n or 1):
+        raise _unsupported("best_of")
+    prompt = _completion_prompt(completion.prompt)
+    prompt_bytes = prompt.text.encode() if isinstance(prompt, TextPrompt) else msgspec.json.encode(prompt.token_ids)
+    return _call(
+        completion,
+        prompt=prompt,
+        prompt_bytes=prompt_bytes,
+        max_tokens=completion.max_tokens or 16,  # OpenAI's default for this endpoint
+        logprobs=completion.logprobs,
+    )
+
+
+def _parse_generate(body: bytes) -> Call:
+    generate = _generate_decoder.decode(body)
+    if not generate.prompt:
+        raise InvalidRequest("prompt: must not be empty", param="prompt")
+    return Call(
+        model=generate.model,
+        prompt=TextPrompt(generate.prompt),
+        prompt_bytes=generate.prompt.encode(),
+        sampling=Sampling(
+            max_tokens=generate.max_tokens or 16,
+            temperature=generate.temperature,
+            top_p=generate.top_p,
+            frequency_penalty=generate.frequency_penalty,
+        ),
+    )
+
+
+def _call(
+    fields: _SamplingFields, *, prompt: Prompt, prompt_bytes: bytes, max_tokens: int | None, logprobs: int | None
+) -> Call:
+    is_stream = bool(fields.stream)
+    if fields.stream_options is not None and not is_stream:
+        raise InvalidRequest("stream_options: only allowed when stream is true", param="stream_options")
+    if fields.min_tokens is not None and max_tokens is not None and fields.min_tokens > max_tokens:
+        raise InvalidRequest(f"min_tokens: must not exceed max_tokens ({max_tokens})", param="min_tokens")
+    return Call(
+        model=fields.model,
+        prompt=prompt,
+        prompt_bytes=prompt_bytes,
+        is_stream=is_stream,
+        wants_usage=bool(fields.stream_options and fields.stream_options.include_usage),
+        sampling=Sampling(
+            max_tokens=max_tokens,
+            temperature=fields.temperature,
+            top_p=fields.top_p,
+            top_k=fields.top_k,
+            min_p=fields.min_p,
+            presence_penalty=fields.presence_penalty,
+            frequency_penalty=fields.frequency_penalty,
+            repetition_penalty=fields.repetition_penalty,
+            stop=_stop(fields.stop),
+            stop_token_ids=tuple(fields.stop_token_ids or ()),
+            seed=fields.seed,
+            min_tokens=fields.min_tokens,
+            ignore_eos=bool(fields.ignore_eos),
+            n=fields.n or 1,
+            logprobs=logprobs,
+            logit_bias=_logit_bias(fields.logit_bias),
+            include_stop_in_output=bool(fields.include_stop_str_in_output),
+            skip_special_tokens=fields.skip_special_tokens,
+        ),
+    )
+
+
+def _check_messages(messages: bytes) -> None:
+    parsed = _decode_field(_messages_decoder, messages, "messages")
+    if not parsed:
+        raise InvalidRequest("messages: must not be empty", param="messages")
+    for index, message in enumerate(parsed):
+        at = f"messages[{index}]"
+        if message.role not in ROLES:
+            raise InvalidRequest(f"{at}.role: must be one of {', '.join(ROLES)}", param=f"{at}.role")
+        if message.content is None and not message.tool_calls:
+            raise InvalidRequest(f"{at}.content: is required", param=f"{at}.content")
+        if isinstance(message.content, list):
+            _check_parts(message.content, f"{at}.content")
+
+
+def _check_parts(parts: list[TextPart], at: str) -> None:
+    for index, part in enumerate(parts):
+        if part.type != "text" or part.text is None:
+            param = f"{at}[{index}].type"
+            raise InvalidRequest(f"{param}: only text parts are supported", param=param, code="unsupported_parameter")
+
+
+def _completion_prompt(prompt: str | list[Any]) -> TextPrompt | TokenPrompt:
+    if isinstance(prompt, list) and len(prompt) == 1 and isinstance(prompt[0], str | list):
+        prompt = prompt[0]  # a batch of one
+    if not prompt:
+        raise InvalidRequest("prompt: must not be empty", param="prompt")
+    if isinstance(prompt, str):
+        return TextPrompt(prompt)
+    if all(isinstance(item, str | list) for item in prompt):
+        raise InvalidRequest("prompt: one prompt per request; send several requests", param="prompt")
+    try:
+        return TokenPrompt(msgspec.convert(prompt, _token_ids_decoder_type))
+    except msgspec.ValidationError:
+        raise InvalidRequest("prompt: must be a string or a list of token ids", param="prompt") from None
+
+
+def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
+    stops = (stop,) if isinstance(stop, str) else tuple(stop or ())
+    if "" in stops:
+        raise InvalidRequest("stop: must not hold an empty string", param="stop")
+    return stops
+
+
+def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
+    try:
+        return {msgspec.convert(token, TokenId, strict=False): value for token, value in (bias or {}).items()}
+    except msgspec.ValidationError:
+        raise InvalidRequest("logit_bias: keys must be token ids", param="logit_bias") from None
+
+
+def _refuse_unsupported(fields: msgspec.Struct, names: tuple[str, ...]) -> None:
+    for name in names:
+        if getattr(fields, name):
+            raise _unsupported(name)
+
+
+def _unsupported(name: str) -> InvalidRequest:
+    return InvalidRequest(f"{name}: is not supported", param=name, code="unsupported_parameter")
+
+
+def _decode_field(decoder: msgspec.json.Decoder[Any], data: bytes, field: str) -> Any:
+    """Decode a Raw field; its errors name the path below the field."""
+    try:
+        return decoder.decode(data)
+    except msgspec.ValidationError as error:
+        raise _explain(
+            str(error).replace("`$", f"`$.{field}") if "`$" in str(error) else f"{error} - at `$.{field}`"
+        ) from None

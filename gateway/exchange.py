@@ -1,0 +1,331 @@
+"""One request in flight: what it is, what its worker says, and what its client gets.
+
+The pipeline drives it through `next_event`; a worker's session drives it through the Sink methods, which write tokens
+to the client at once and leave everything else to the pipeline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import collections
+from collections.abc import Sequence
+from typing import Any
+
+import msgspec
+
+from gateway.answers import Answer, Choice, Usage
+from gateway.calls import Call
+from gateway.identity import Identity
+from gateway.outlet import Headers, Outlet
+from gateway.timeline import Timeline
+from protos.core.contract import Failed, Finished, ModelInfo, Started, TokenLogprob
+from protos.core.errors import RequestError
+from protos.core.record import Attempt, Outcome, RequestRecord
+
+
+class Placed(msgspec.Struct, frozen=True):
+    worker: str
+
+
+class Lost(msgspec.Struct, frozen=True):
+    """The worker's session broke."""
+
+    reason: str
+
+
+class Gone(msgspec.Struct, frozen=True):
+    """The client went away."""
+
+
+class Overdue(msgspec.Struct, frozen=True):
+    """A deadline passed: in the queue, before the first token, or in all."""
+
+
+class Unplaceable(msgspec.Struct, frozen=True):
+    """The last worker that could have run it is gone."""
+
+
+Row = tuple[int, str, Sequence[TokenLogprob] | None]
+"""(choice, text, logprobs)"""
+Event = Placed | Finished | Failed | Lost | Gone | Overdue | Unplaceable
+STREAM_HEADERS: Headers = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-cache"),
+    (b"x-accel-buffering", b"no"),
+]
+
+
+class Exchange:
+    """Owned by the pipeline's task of the request. A Sink for its attempts."""
+
+    def __init__(
+        self, number: int, endpoint: str, identity: Identity, timeline: Timeline, outlet: Outlet, *, keeps_output: bool
+    ) -> None:
+        self.number = number
+        self.endpoint = endpoint
+        self.identity = identity
+        self.timeline = timeline
+        self.outlet = outlet
+        self.body = b""
+        self.call: Call | None = None
+        self.model = ""
+        self.worker: str | None = None
+        self.worker_model: ModelInfo | None = None
+        self.answer: Answer | None = None
+        self.choices: list[Choice] = []
+        self.attempts: list[Attempt] = []
+        self.error: RequestError | None = None
+        self.finish: Finished | None = None
+        self.outcome = Outcome.CANCELLED
+        self.status = 499
+        self.ended_ns = 0
+        self.prompt_tokens: int | None = None
+        self.cached_tokens: int | None = None
+        self.output_tokens = 0
+        self._keeps_output = keeps_output
+        self._first_token_ns = 0
+        self._last_delta_ns = 0
+        self._max_gap_ns = 0
+        self._is_deaf = False
+        self._withheld: list[Row] = []
+        self._preface = b""
+        """Start of a stream's body that the socket has not taken yet."""
+        self._events: collections.deque[Event] = collections.deque()
+        self._waiter: asyncio.Future[None] | None = None
+        outlet.on_drained = self._release_withheld
+
+    # -- events for the pipeline
+
+    async def next_event(self) -> Event:
+        """The next thing that the pipeline must act on. One waiter at a time."""
+        while not self._events:
+            self._waiter = asyncio.get_running_loop().create_future()
+            try:
+                await self._waiter
+            finally:
+                self._waiter = None
+        return self._events.popleft()
+
+    def signal(self, event: Event) -> None:
+        self._events.append(event)
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    # -- the request
+
+    def prepare(self, call: Call, model: str, answer: Answer) -> None:
+        self.call = call
+        self.model = model
+        self.answer = answer
+        self.choices = [Choice(texts=[], logprobs=[]) for _ in range(call.sampling.n)]
+
+    def begin_attempt(self, worker: str, model: ModelInfo, now_ns: int) -> None:
+        timeline = self.timeline
+        timeline.forget_engine()
+        timeline.dispatched_ns = now_ns
+        self.worker, self.worker_model = worker, model
+        self._is_deaf = False
+
+    def end_attempt(self, now_ns: int, error: str | None) -> None:
+        assert self.worker is not None
+        arrived_ns = self.timeline.arrived_ns
+        self.attempts.append(Attempt(self.worker, self.timeline.dispatched_ns - arrived_ns, now_ns - arrived_ns, error))
+
+    def stop_listening(self) -> None:
+        """Nothing more goes to the client; the worker's last words still count for the record."""
+        self._is_deaf = True
+        self._withheld.clear()
+
+    @property
+    def has_output(self) -> bool:
+        """A token has come: from here on the request cannot be started again elsewhere."""
+        return self.output_tokens > 0
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens or 0, self.output_tokens, self.cached_tokens or 0)
+
+    # -- Sink
+
+    def accepted(self, received_ns: int, offset_ns: int) -> None:
+        self.timeline.engine_received_ns = received_ns - offset_ns
+
+    def started(self, event: Started, offset_ns: int) -> None:
+        self.prompt_tokens = event.prompt_tokens
+        self.cached_tokens = event.cached_tokens
+        self.timeline.take_stamps(event.stamps, offset_ns)
+        self.timeline.last_token_ns = 0  # it is the first token's, until the worker says `finished`
+
+    def delta(
+        self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
+    ) -> None:
+        if self._is_deaf:
+            return
+        self.output_tokens += token_count
+        if self._last_delta_ns:
+            gap_ns = now_ns - self._last_delta_ns
+            if gap_ns > self._max_gap_ns:
+                self._max_gap_ns = gap_ns
+        self._last_delta_ns = now_ns
+        if not text and not logprobs:
+            return
+        if not self._first_token_ns:
+            self._first_token_ns = now_ns
+        assert self.call is not None
+        if not self.call.is_stream:
+            self._keep(choice, text, logprobs)
+        elif self.outlet.is_blocked:
+            self._withheld.append((choice, text, logprobs))
+        else:
+            self._send(choice, text, logprobs)
+
+    def finished(self, event: Finished, offset_ns: int) -> None:
+        self.prompt_tokens = event.prompt_tokens
+        self.cached_tokens = event.cached_tokens
+        self.finish = event
+        self.timeline.take_stamps(event.stamps, offset_ns)
+        self.signal(event)
+
+    def failed(self, event: Failed, offset_ns: int) -> None:
+        if event.stamps.received_ns:
+            self.timeline.take_stamps(event.stamps, offset_ns)
+        self.signal(event)
+
+    def lost(self, reason: str) -> None:
+        self.signal(Lost(reason))
+
+    # -- to the client
+
+    def response_headers(self) -> Headers:
+        headers = [
+            (b"x-request-id", self.identity.request_id.encode()),
+            (b"traceparent", self.identity.traceparent.encode()),
+        ]
+        if self.worker is not None:
+            headers.append((b"x-tidegate-worker", self.worker.encode()))
+        return headers
+
+    def start_stream(self) -> None:
+        """Send the response's head. What the body begins with leaves with the first chunk."""
+        assert self.answer is not None
+        self.status = 200
+        self._preface = self.answer.head(len(self.choices))
+        self.outlet.start(200, STREAM_HEADERS + self.response_headers())
+
+    def _send(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> None:
+        assert self.answer is not None
+        if not self.outlet.is_started:
+            self.start_stream()
+            self._withheld.append((choice, text, logprobs))
+            if not self.outlet.is_blocked:
+                self._release_withheld()
+            return
+        if self._keeps_output:
+            self.choices[choice].texts.append(text)
+        self.outlet.push(self.answer.chunk(choice, text, logprobs))
+
+    def _keep(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> None:
+        self.choices[choice].texts.append(text)
+        if logprobs:
+            self.choices[choice].logprobs.extend(logprobs)
+
+    def _release_withheld(self) -> None:
+        """The socket takes data again: all text that waited leaves as one event per choice."""
+        if data := self.take_withheld():
+            self.outlet.push(data)
+
+    def take_withheld(self) -> bytes:
+        """What waits for the socket, rendered; the plain text of a choice is joined into one event."""
+        rows, self._withheld = _join(self._withheld), []
+        events, self._preface = [self._preface], b""
+        for choice, text, logprobs in rows:
+            if self._keeps_output:
+                self.choices[choice].texts.append(text)
+            assert self.answer is not None
+            events.append(self.answer.chunk(choice, text, logprobs))
+        return b"".join(events)
+
+    # -- the record
+
+    def timing(self, now_ns: int) -> dict[str, Any] | None:
+        """Value of "tidegate" in the answer, when the client asked for it."""
+        if not self.identity.wants_timing:
+            return None
+        phases, unattributed_ns = self.timeline.freeze(now_ns)
+        return {
+            "request_id": self.identity.request_id,
+            "trace_id": self.identity.trace_id,
+            "worker": self.worker,
+            "is_simulated": self._is_simulated,
+            "phases_ns": dict(phases.present()),
+            "total_ns": now_ns - self.timeline.arrived_ns,
+            "unattributed_ns": unattributed_ns,
+            "preemptions": self.finish.preemptions if self.finish else 0,
+            "cached_tokens": self.cached_tokens or 0,
+        }
+
+    def record(self) -> RequestRecord:
+        """The settled request. Call it once, after `ended_ns` is set."""
+        identity, timeline, error = self.identity, self.timeline, self.error
+        phases, unattributed_ns = timeline.freeze(self.ended_ns)
+        is_cancelled = self.outcome is Outcome.CANCELLED
+        return RequestRecord(
+            request_id=identity.request_id,
+            trace_id=identity.trace_id,
+            span_id=identity.span_id,
+            parent_span_id=identity.parent_span_id,
+            replay_of=identity.replay_of,
+            is_sampled=identity.is_sampled,
+            endpoint=self.endpoint,
+            model=self.model,
+            session=identity.session,
+            is_stream=self.call.is_stream if self.call else False,
+            arrived_unix_ns=timeline.arrived_unix_ns,
+            outcome=self.outcome,
+            status=self.status,
+            reject_reason=error.reason if error else None,
+            error=error.message if error else None,
+            error_code=error.code if error else None,
+            finish_reasons=self.finish.reasons if self.finish and not is_cancelled else (),
+            prompt_tokens=self.prompt_tokens,
+            cached_tokens=self.cached_tokens,
+            output_tokens=self.output_tokens,
+            max_tokens=self.call.sampling.max_tokens if self.call else None,
+            body_bytes=len(self.body),
+            worker=self.worker,
+            is_simulated=self._is_simulated,
+            attempts=tuple(self.attempts),
+            phases=phases,
+            total_ns=self.ended_ns - timeline.arrived_ns,
+            unattributed_ns=unattributed_ns,
+            first_token_at_ns=self._after_arrival(self._first_token_ns),
+            last_token_at_ns=self._after_arrival(self._last_delta_ns),
+            cancelled_at_ns=self._after_arrival(self.ended_ns) if is_cancelled else None,
+            max_gap_ns=self._max_gap_ns,
+            backpressure_ns=self.outlet.blocked_ns,
+            preemptions=self.finish.preemptions if self.finish else 0,
+        )
+
+    @property
+    def _is_simulated(self) -> bool:
+        return self.worker_model is not None and self.worker_model.simulated
+
+    def _after_arrival(self, stamp_ns: int) -> int | None:
+        return stamp_ns - self.timeline.arrived_ns if stamp_ns else None
+
+
+def _join(rows: list[Row]) -> list[Row]:
+    """Rows of one choice that carry text alone become one; a choice's own order is kept."""
+    joined: list[Row] = []
+    open_rows: dict[int, int] = {}
+    for choice, text, logprobs in rows:
+        at = open_rows.get(choice)
+        if logprobs is None and at is not None:
+            joined[at] = (choice, joined[at][1] + text, None)
+            continue
+        if logprobs is None:
+            open_rows[choice] = len(joined)
+        else:
+            open_rows.pop(choice, None)
+        joined.append((choice, text, logprobs))
+    return joined

@@ -1,0 +1,144 @@
+"""Prometheus metrics: a view of settled records and of the scheduler's and the workers' state at scrape time.
+
+Histograms hold every request, not a sample. Labels are bounded: models are those that workers serve, endpoints are
+routes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, GCCollector, Histogram, PlatformCollector, ProcessCollector
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from gateway.fleet import Fleet
+from gateway.scheduler import Scheduler
+from protos.core.contract import Load
+from protos.core.journal import JournalStats
+from protos.core.record import PHASES, RequestRecord
+
+SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+JournalSource = Callable[[], JournalStats | None]
+TraceSource = Callable[[], tuple[int, int]]
+"""(exported, dropped) traces."""
+
+WORKER_GAUGES: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
+    ("running", "Sequences in the engine's batch", lambda load: load.running),
+    ("waiting", "Sequences in the engine's queue", lambda load: load.waiting),
+    ("kv_blocks_used", "KV blocks in use", lambda load: load.kv_blocks_used),
+    ("kv_blocks_total", "KV blocks in all", lambda load: load.kv_blocks_total),
+    ("preemptions", "Preemptions since boot", lambda load: load.preemptions),
+    ("step_seconds", "Duration of the last engine step", lambda load: load.step_ns / 1e9),
+    ("queued_prefill_tokens", "Prompt tokens not yet computed", lambda load: load.queued_prefill_tokens),
+    ("prefix_queries", "Tokens asked of the prefix cache since boot", lambda load: load.prefix_queries),
+    ("prefix_hits", "Tokens found in the prefix cache since boot", lambda load: load.prefix_hits),
+    ("host_cpu_percent", "CPU use of its host", lambda load: load.host.cpu_percent if load.host else 0),
+    (
+        "host_memory_used_bytes",
+        "Memory use of the worker's host",
+        lambda load: load.host.memory_used_bytes if load.host else 0,
+    ),
+)
+
+
+class Metrics:
+    """One registry per gateway."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        ProcessCollector(registry=self.registry)
+        PlatformCollector(registry=self.registry)
+        GCCollector(registry=self.registry)
+        of_request = ("endpoint", "model")
+        self._requests = Counter(
+            "tidegate_requests",
+            "Settled requests",
+            (*of_request, "outcome", "status", "reason"),
+            registry=self.registry,
+        )
+        self._tokens = Counter(
+            "tidegate_tokens", "Tokens of settled requests", ("model", "kind"), registry=self.registry
+        )
+        self._retries = Counter("tidegate_retries", "Attempts after the first", ("model",), registry=self.registry)
+        self._ttft = self._histogram("tidegate_ttft_seconds", "Arrival to first content", of_request, SECONDS)
+        self._tpot = self._histogram(
+            "tidegate_tpot_seconds", "Time per output token after the first", of_request, TOKEN_SECONDS
+        )
+        self._total = self._histogram("tidegate_request_seconds", "Arrival to settle", of_request, SECONDS)
+        self._phase = self._histogram("tidegate_phase_seconds", "Time in one phase", ("phase",), SECONDS)
+        self._unattributed = Counter(
+            "tidegate_unattributed_seconds", "Request time that no phase explains", registry=self.registry
+        )
+        self._backpressure = Counter(
+            "tidegate_backpressure_seconds", "Time in which clients' sockets took nothing", registry=self.registry
+        )
+        self._phase_of = {name: self._phase.labels(name) for name in PHASES}
+
+    def observe(self, record: RequestRecord) -> None:
+        """Count one settled request."""
+        model, endpoint = record.model, record.endpoint
+        self._requests.labels(endpoint, model, record.outcome.value, record.status, record.reject_reason or "").inc()
+        for name, value_ns in record.phases.present():
+            self._phase_of[name].observe(value_ns / 1e9)
+        if record.unattributed_ns:
+            self._unattributed.inc(record.unattributed_ns / 1e9)
+        if record.backpressure_ns:
+            self._backpressure.inc(record.backpressure_ns / 1e9)
+        if not model:
+            return  # refused before it was known what it wanted
+        self._total.labels(endpoint, model).observe(record.total_ns / 1e9)
+        self._tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
+        self._tokens.labels(model, "cached").inc(record.cached_tokens or 0)
+        self._tokens.labels(model, "output").inc(record.output_tokens)
+        if len(record.attempts) > 1:
+            self._retries.labels(model).inc(len(record.attempts) - 1)
+        first_ns, last_ns = record.first_token_at_ns, record.last_token_at_ns
+        if first_ns is not None:
+            self._ttft.labels(endpoint, model).observe(first_ns / 1e9)
+            if last_ns is not None and record.output_tokens > 1:
+                self._tpot.labels(endpoint, model).observe((last_ns - first_ns) / 1e9 / (record.output_tokens - 1))
+
+    def _histogram(self, name: str, text: str, labels: Iterable[str], buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(name, text, tuple(labels), buckets=buckets, registry=self.registry)
+
+
+class StateCollector(Collector):
+    """What is true now: queue, leases, workers, capture."""
+
+    def __init__(self, scheduler: Scheduler, fleet: Fleet, capture: JournalSource, traces: TraceSource) -> None:
+        self._scheduler = scheduler
+        self._fleet = fleet
+        self._capture = capture
+        self._traces = traces
+
+    def collect(self) -> Iterator[Metric]:
+        scheduler = self._scheduler
+        yield GaugeMetricFamily("tidegate_queue_requests", "Requests waiting for a worker", scheduler.queued)
+        yield GaugeMetricFamily("tidegate_queue_bytes", "Bodies of waiting requests", scheduler.queued_bytes)
+        yield GaugeMetricFamily("tidegate_leases", "Requests running on workers", len(scheduler.ledger))
+        yield from self._workers()
+        yield from self._pipes()
+
+    def _workers(self) -> Iterator[Metric]:
+        ready = GaugeMetricFamily("tidegate_worker_ready", "1 when the session is open", labels=("worker",))
+        families = [
+            (GaugeMetricFamily(f"tidegate_worker_{name}", text, labels=("worker",)), read)
+            for name, text, read in WORKER_GAUGES
+        ]
+        for address, session in self._fleet.sessions.items():
+            ready.add_metric((address,), session.state == "ready")
+            for family, read in families:
+                family.add_metric((address,), read(session.load))
+        yield ready
+        yield from (family for family, _ in families)
+
+    def _pipes(self) -> Iterator[Metric]:
+        capture = self._capture()
+        if capture is not None:
+            yield CounterMetricFamily("tidegate_capture_entries", "Requests captured", value=capture.written)
+            yield CounterMetricFamily("tidegate_capture_dropped", "Requests not captured", value=capture.dropped)
+        exported, dropped = self._traces()
+        yield CounterMetricFamily("tidegate_traces_exported", "Traces handed to the collector", value=exported)
+        yield CounterMetricFamily("tidegate_traces_dropped", "Traces lost on the way to it", value=dropped)

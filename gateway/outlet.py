@@ -1,0 +1,104 @@
+"""The client's end of one response.
+
+`push` writes without waiting and without a task: an ASGI server's `send` completes at once while the socket takes data,
+so the coroutine is run by hand to its first suspension. Only when the socket is full does a task take over, and what
+comes meanwhile is kept by the caller until `is_blocked` is over.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import logging
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator
+from typing import Any
+
+log = logging.getLogger("tidegate.gateway")
+
+Send = Callable[[dict[str, Any]], Awaitable[None]]
+Headers = list[tuple[bytes, bytes]]
+
+
+class Outlet:
+    """Owned by one request. `on_drained` is called when a full socket takes data again."""
+
+    __slots__ = ("_clock_ns", "_drainer", "_send", "_tasks", "blocked_ns", "is_blocked", "is_started", "on_drained")
+
+    def __init__(self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int]) -> None:
+        self._send = send
+        self._tasks = tasks
+        self._clock_ns = clock_ns
+        self._drainer: asyncio.Task[None] | None = None
+        self.is_started = False
+        self.is_blocked = False
+        self.blocked_ns = 0
+        """Time in which the client's socket took nothing."""
+        self.on_drained: Callable[[], None] = _nothing
+
+    def start(self, status: int, headers: Headers) -> None:
+        assert not self.is_started, "a response starts once"
+        self.is_started = True
+        self._run({"type": "http.response.start", "status": status, "headers": headers})
+
+    def push(self, data: bytes) -> None:
+        """Write a part of the body. Not while `is_blocked`."""
+        self._run({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def unblocked(self) -> None:
+        """Wait until the socket takes data again."""
+        while self._drainer is not None and self.is_blocked:
+            await asyncio.wait([self._drainer])
+
+    async def finish(self, data: bytes = b"") -> None:
+        """Write the last part of the body; waits while the socket is full."""
+        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+
+    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
+        """A whole response at once."""
+        self.is_started = True
+        headers = [*headers, (b"content-length", b"%d" % len(body))]
+        await self._send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.finish(body)
+
+    def _run(self, message: dict[str, Any]) -> None:
+        assert not self.is_blocked, "the socket is full"
+        coroutine = self._send(message)
+        assert isinstance(coroutine, Coroutine)
+        try:
+            suspension = coroutine.send(None)
+        except StopIteration:
+            return
+        self.is_blocked = True
+        self._drainer = self._tasks.create_task(self._drain(coroutine, suspension))
+
+    async def _drain(self, coroutine: Coroutine[Any, Any, None], suspension: Any) -> None:
+        since_ns = self._clock_ns()
+        try:
+            await _resume(coroutine, suspension)
+        except OSError as error:
+            log.info("client left: %s", error)  # `receive` tells the pipeline
+        finally:
+            self.blocked_ns += self._clock_ns() - since_ns
+            self.is_blocked = False
+        self.on_drained()
+
+
+@types.coroutine
+def _resume(coroutine: Coroutine[Any, Any, None], suspension: Any) -> Generator[Any, Any, None]:
+    """Go on, in a task, with a coroutine that has already suspended once."""
+    while True:
+        try:
+            value = yield suspension
+        except BaseException as error:
+            go_on = functools.partial(coroutine.throw, error)
+        else:
+            go_on = functools.partial(coroutine.send, value)
+        try:
+            suspension = go_on()
+        except StopIteration:
+            return
+
+
+def _nothing() -> None:
+    pass

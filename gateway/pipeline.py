@@ -1,0 +1,515 @@
+"""One request, top to bottom: receive, admit, queue, route, attempt, relay, settle.
+
+Everything that can change a request's outcome is a visible call in `_run`. An expected refusal is a value.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from gateway import admission
+from gateway.answers import Answer, error_event, render_error
+from gateway.calls import Call, Parser
+from gateway.exchange import Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
+from gateway.fleet import Fleet
+from gateway.identity import identify
+from gateway.outlet import Headers, Outlet, Send
+from gateway.recorder import Recorder
+from gateway.scheduler import Scheduler, Ticket
+from gateway.settings import Limits
+from gateway.timeline import Timeline
+from protos.core.clock import Clock
+from protos.core.contract import Failed, FailureKind, Finished
+from protos.core.errors import (
+    BodyTimeout,
+    DeadlineExceeded,
+    InvalidRequest,
+    Overloaded,
+    RequestError,
+    TooLarge,
+    Unavailable,
+    UnknownModel,
+)
+from protos.core.record import Outcome
+
+log = logging.getLogger("tidegate.gateway")
+
+Receive = Callable[[], Awaitable[dict[str, Any]]]
+NewAnswer = Callable[..., Answer]
+End = Finished | RequestError | Gone
+
+BODY_SECONDS = 30.0
+
+
+class Endpoint:
+    """What differs between the endpoints: how a body is read and an answer is written."""
+
+    def __init__(self, path: str, parse: Parser, new_answer: NewAnswer) -> None:
+        self.path = path
+        self.parse = parse
+        self.new_answer = new_answer
+
+
+class Pipeline:
+    """Runs requests. Owned by the root; all state changes happen on its event loop."""
+
+    def __init__(
+        self,
+        *,
+        limits: Limits,
+        scheduler: Scheduler,
+        fleet: Fleet,
+        recorder: Recorder,
+        tasks: asyncio.TaskGroup,
+        clock: Clock,
+    ) -> None:
+        self.is_draining = False
+        self._limits = limits
+        self._scheduler = scheduler
+        self._fleet = fleet
+        self._recorder = recorder
+        self._tasks = tasks
+        self._clock = clock
+        self._numbers = itertools.count(1)
+        self._active: dict[int, Exchange] = {}
+        self._became_idle = asyncio.Event()
+        self._expiry: asyncio.TimerHandle | None = None
+        self._expiry_ns = 0
+        fleet.on_room = self._place_waiting
+        fleet.on_loss = self._fail_unplaceable
+
+    @property
+    def active(self) -> int:
+        """Requests that have arrived and not settled."""
+        return len(self._active)
+
+    async def drain(self, limit_s: float) -> bool:
+        """Refuse what comes, and wait for what runs; False when some was still running after `limit_s`."""
+        self.is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(limit_s):
+                while self._active:
+                    self._became_idle.clear()
+                    await self._became_idle.wait()
+        return not self._active
+
+    async def handle(self, endpoint: Endpoint, scope: dict[str, Any], receive: Receive, send: Send) -> None:
+        """One ASGI request of an inference endpoint."""
+        clock = self._clock
+        exchange = Exchange(
+            next(self._numbers),
+            endpoint.path,
+            identify(scope["headers"]),
+            Timeline(clock.mono_ns(), clock.wall_ns()),
+            Outlet(send, self._tasks, clock.mono_ns),
+            keeps_output=self._recorder.keeps_output,
+        )
+        self._active[exchange.number] = exchange
+        try:
+            end = await self._run(exchange, endpoint, receive, scope["headers"])
+            await self._conclude(exchange, end)
+        except Exception:
+            exchange.outcome, exchange.status = Outcome.FAILED, 500
+            raise
+        finally:
+            self._settle(exchange)
+
+    async def _run(self, exchange: Exchange, endpoint: Endpoint, receive: Receive, headers: Headers) -> End:
+        if self.is_draining:
+            return admission.draining()
+        body = await self._receive(receive, headers)
+        if not isinstance(body, bytes):
+            return body
+        exchange.body = body
+        call = endpoint.parse(body)
+        exchange.timeline.received_ns = self._clock.mono_ns()
+        if isinstance(call, RequestError):
+            return call
+        refusal = self._admit(exchange, call, endpoint)
+        if refusal is not None:
+            return refusal
+        watcher = self._tasks.create_task(_watch(receive, exchange))
+        try:
+            return await self._queue_and_attempt(exchange, call)
+        finally:
+            watcher.cancel()
+
+    async def _queue_and_attempt(self, exchange: Exchange, call: Call) -> End:
+        """Wait for a worker and run there; once more elsewhere when an attempt fails before its first token."""
+        avoid = None
+        for attempt in itertools.count(1):
+            placed = await self._queue(exchange, call, avoid)
+            if not isinstance(placed, Placed):
+                return placed
+            end = await self._attempt(exchange, call, placed)
+            if not _is_retryable(end) or exchange.has_output or attempt >= self._limits.attempts:
+                return self._translate(end, exchange)
+            avoid = placed.worker
+        raise AssertionError("unreachable")
+
+    # -- receive
+
+    async def _receive(self, receive: Receive, headers: Headers) -> bytes | RequestError | Gone:
+        """The whole body, within the limits of size and time."""
+        limit = self._limits.body_bytes
+        if _content_length(headers) > limit:
+            return _too_large(limit)
+        message = await receive()
+        if message["type"] == "http.request" and not message.get("more_body", False):
+            body = bytes(message["body"])
+            return body if len(body) <= limit else _too_large(limit)
+        try:
+            async with asyncio.timeout(BODY_SECONDS):
+                return await _receive_parts(message, receive, limit)
+        except TimeoutError:
+            return BodyTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s")
+
+    # -- admit
+
+    def _admit(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> RequestError | None:
+        model = admission.resolve_model(call, self._scheduler)
+        if isinstance(model, RequestError):
+            return model
+        refusal = admission.check_lengths(call, model, self._scheduler, self._limits) or admission.check_queue(
+            len(exchange.body), self._scheduler, self._limits
+        )
+        if refusal is not None:
+            return refusal
+        answer = endpoint.new_answer(
+            exchange.identity.request_id,
+            model,
+            exchange.timeline.arrived_unix_ns // 1_000_000_000,
+            wants_usage=call.wants_usage,
+        )
+        exchange.prepare(call, model, answer)
+        exchange.timeline.admitted_ns = self._clock.mono_ns()
+        return None
+
+    # -- queue
+
+    async def _queue(self, exchange: Exchange, call: Call, avoid: str | None) -> Placed | RequestError | Gone:
+        limits, number = self._limits, exchange.number
+        deadline_ns = exchange.timeline.arrived_ns + int(limits.first_token_s * 1e9)
+        self._scheduler.enqueue(
+            Ticket(
+                request=number,
+                model=exchange.model,
+                sequences=call.sampling.n,
+                tokens=call.prompt_tokens_estimate + (call.sampling.max_tokens or 0),
+                size_bytes=len(exchange.body),
+                deadline_ns=deadline_ns,
+                avoid=avoid,
+            ),
+            at_front=avoid is not None,
+        )
+        self._place_waiting()
+        self._arm_expiry()
+        if avoid is not None and not self._scheduler.is_served(exchange.model):
+            exchange.signal(Unplaceable())
+        event: Event | None = None
+        try:
+            event = await exchange.next_event()
+        finally:
+            if not isinstance(event, Placed):
+                self._scheduler.withdraw(number)
+                self._place_waiting()
+        match event:
+            case Placed():
+                return event
+            case Gone():
+                return event
+            case Overdue():
+                return Overloaded(
+                    f"no worker had room within {limits.first_token_s:g} s; retry later",
+                    reason="deadline",
+                    retry_after_s=limits.first_token_s / 2,
+                )
+            case Unplaceable():
+                return admission.no_worker()
+            case _:
+                raise AssertionError(f"{event} while queued")
+
+    def _place_waiting(self) -> None:
+        """Hand room to waiting requests; called whenever there may be some of both."""
+        now_ns = self._clock.mono_ns()
+        for placement in self._scheduler.place():
+            exchange = self._active[placement.ticket.request]
+            if not exchange.timeline.dequeued_ns:
+                exchange.timeline.dequeued_ns = now_ns
+            exchange.signal(Placed(placement.worker))
+
+    def _fail_unplaceable(self) -> None:
+        """A worker left: requests that only it could have run need not wait for their deadline."""
+        for number in self._scheduler.unserved():
+            self._scheduler.leave(number)
+            self._active[number].signal(Unplaceable())
+
+    def _arm_expiry(self) -> None:
+        next_ns = self._scheduler.next_deadline_ns
+        if next_ns is None or (self._expiry is not None and self._expiry_ns <= next_ns):
+            return
+        if self._expiry is not None:
+            self._expiry.cancel()
+        self._expiry_ns = next_ns
+        delay_s = max(0.0, (next_ns - self._clock.mono_ns()) / 1e9)
+        self._expiry = asyncio.get_running_loop().call_later(delay_s, self._expire)
+
+    def _expire(self) -> None:
+        self._expiry = None
+        for number in self._scheduler.expire(self._clock.mono_ns()):
+            self._active[number].signal(Overdue())
+        self._arm_expiry()
+
+    # -- attempt
+
+    async def _attempt(self, exchange: Exchange, call: Call, placed: Placed) -> Event:
+        """Run on one worker until it says how it ended, or until the client or a deadline ends it."""
+        now_ns = self._clock.mono_ns()
+        if not exchange.timeline.routed_ns:
+            exchange.timeline.routed_ns = now_ns
+        upstream = self._fleet.upstream(placed.worker)
+        if upstream is None:  # it left between placement and now
+            self._scheduler.release(exchange.number)
+            return Lost("left before the request was sent")
+        exchange.begin_attempt(placed.worker, self._fleet.model_of(placed.worker), now_ns)
+        slot = upstream.submit(
+            exchange,
+            request_id=exchange.identity.request_id,
+            prompt=call.prompt,
+            sampling=call.sampling,
+            model=exchange.model,
+            traceparent=exchange.identity.traceparent,
+        )
+        timer = self._arm_timeouts(exchange)
+        event: Event = Gone()
+        try:
+            event = await exchange.next_event()
+            if isinstance(event, Gone | Overdue):
+                exchange.ended_ns = self._clock.mono_ns()
+                exchange.stop_listening()
+                upstream.cancel(slot)
+                await _worker_end(exchange)
+        except asyncio.CancelledError:
+            exchange.stop_listening()
+            upstream.cancel(slot)
+            raise
+        finally:
+            timer.cancel()
+            exchange.end_attempt(self._clock.mono_ns(), _attempt_error(event))
+            # The lease is held until the worker has let go, so that its books and ours agree.
+            self._scheduler.release(exchange.number)
+            self._place_waiting()
+        return event
+
+    def _arm_timeouts(self, exchange: Exchange) -> _Timeouts:
+        limits, timeline = self._limits, exchange.timeline
+        return _Timeouts(
+            exchange,
+            self._clock,
+            first_token_ns=timeline.arrived_ns + int(limits.first_token_s * 1e9),
+            total_ns=timeline.arrived_ns + int(limits.total_s * 1e9),
+        )
+
+    def _translate(self, end: Event, exchange: Exchange) -> End:
+        """An attempt's end as what the client is told."""
+        match end:
+            case Finished() | Gone():
+                return end
+            case Overdue() if exchange.has_output:
+                return DeadlineExceeded(f"not finished within {self._limits.total_s:g} s")
+            case Overdue():
+                return DeadlineExceeded(
+                    f"no token within {self._limits.first_token_s:g} s; retry later", retry_after_s=1.0
+                )
+            case Failed():
+                return _failure(end)
+            case Lost(reason):
+                log.warning("request %s: worker %s lost: %s", exchange.identity.request_id, exchange.worker, reason)
+                return Unavailable(
+                    "the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0
+                )
+            case _:
+                raise AssertionError(f"{end} ends no attempt")
+
+    # -- conclude and settle
+
+    async def _conclude(self, exchange: Exchange, end: End) -> None:
+        """Tell the client how it ended, and stamp the end."""
+        match end:
+            case Finished():
+                await self._finish(exchange, end)
+                exchange.outcome = Outcome.FINISHED
+            case Gone():
+                exchange.outcome = Outcome.CANCELLED
+            case RequestError():
+                exchange.error = end
+                exchange.outcome = _outcome(end)
+                await self._tell_error(exchange, end)
+        if not exchange.ended_ns:
+            exchange.ended_ns = self._clock.mono_ns()
+
+    async def _finish(self, exchange: Exchange, finished: Finished) -> None:
+        answer, outlet, call = exchange.answer, exchange.outlet, exchange.call
+        assert answer is not None
+        assert call is not None
+        timing = exchange.timing(self._clock.mono_ns())
+        if call.is_stream:
+            if not outlet.is_started:
+                exchange.start_stream()
+            usage = exchange.usage if call.wants_usage else None
+            tail = answer.tail(finished.reasons, usage, timing)
+            await outlet.unblocked()
+            await outlet.finish(exchange.take_withheld() + tail)
+            return
+        for choice, reason in zip(exchange.choices, finished.reasons, strict=True):
+            choice.finish_reason = reason
+        exchange.status = 200
+        body = answer.whole(exchange.choices, exchange.usage, timing)
+        await outlet.answer(200, [*JSON_HEADERS, *exchange.response_headers()], body)
+
+    async def _tell_error(self, exchange: Exchange, error: RequestError) -> None:
+        outlet = exchange.outlet
+        if outlet.is_started:
+            await outlet.unblocked()
+            await outlet.finish(exchange.take_withheld() + error_event(error))
+            return
+        exchange.status = error.http_status
+        headers = [*JSON_HEADERS, *exchange.response_headers(), *_error_headers(error)]
+        await outlet.answer(error.http_status, headers, render_error(error))
+
+    def _settle(self, exchange: Exchange) -> None:
+        if not exchange.ended_ns:  # cancelled by a server that is being stopped
+            exchange.ended_ns = self._clock.mono_ns()
+        del self._active[exchange.number]
+        if not self._active:
+            self._became_idle.set()
+        self._recorder.settle(exchange)
+
+
+class _Timeouts:
+    """Two deadlines of a running request, one timer."""
+
+    def __init__(self, exchange: Exchange, clock: Clock, *, first_token_ns: int, total_ns: int) -> None:
+        self._exchange = exchange
+        self._clock = clock
+        self._total_ns = total_ns
+        self._arm(min(first_token_ns, total_ns))
+
+    def cancel(self) -> None:
+        self._handle.cancel()
+
+    def _arm(self, deadline_ns: int) -> None:
+        delay_s = max(0.0, (deadline_ns - self._clock.mono_ns()) / 1e9)
+        self._handle = asyncio.get_running_loop().call_later(delay_s, self._fire)
+
+    def _fire(self) -> None:
+        if self._exchange.has_output and self._clock.mono_ns() < self._total_ns:
+            self._arm(self._total_ns)
+        else:
+            self._exchange.signal(Overdue())
+
+
+JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
+
+
+async def _watch(receive: Receive, exchange: Exchange) -> None:
+    """After the body, the only message that comes is the client's leaving."""
+    while (await receive())["type"] != "http.disconnect":
+        pass
+    exchange.signal(Gone())
+
+
+async def _worker_end(exchange: Exchange) -> None:
+    """Wait until the worker has let go of the request: it answers a cancel, or its session is lost."""
+    while not isinstance(await exchange.next_event(), Finished | Failed | Lost):
+        pass
+
+
+async def _receive_parts(message: dict[str, Any], receive: Receive, limit: int) -> bytes | RequestError | Gone:
+    parts = bytearray()
+    while True:
+        if message["type"] == "http.disconnect":
+            return Gone()
+        parts += message["body"]
+        if len(parts) > limit:
+            return _too_large(limit)
+        if not message.get("more_body", False):
+            return bytes(parts)
+        message = await receive()
+
+
+def _content_length(headers: Headers) -> int:
+    for name, value in headers:
+        if name == b"content-length" and value.isdigit():
+            return int(value)
+    return 0
+
+
+def _too_large(limit: int) -> TooLarge:
+    return TooLarge(f"the body exceeds {limit} bytes")
+
+
+def _is_retryable(end: Event) -> bool:
+    match end:
+        case Lost():
+            return True
+        case Failed(kind=FailureKind.UNAVAILABLE | FailureKind.INTERNAL):
+            return True
+        case _:
+            return False
+
+
+def _failure(failed: Failed) -> RequestError:
+    param = failed.param or None
+    match failed.kind:
+        case FailureKind.INVALID:
+            return InvalidRequest(failed.message, param=param)
+        case FailureKind.CONTEXT_EXCEEDED:
+            return InvalidRequest(failed.message, param=param, code="context_length_exceeded")
+        case FailureKind.UNKNOWN_MODEL:
+            return UnknownModel(failed.message, param="model")
+        case _:
+            log.warning("worker failed a request: %s", failed.message)
+            return Unavailable("the worker failed; retry", reason="worker_failed", retry_after_s=1.0)
+
+
+def _attempt_error(event: Event) -> str | None:
+    match event:
+        case Finished():
+            return None
+        case Failed(message=message):
+            return message
+        case Lost(reason):
+            return reason
+        case Overdue():
+            return "deadline"
+        case _:
+            return "cancelled"
+
+
+def _outcome(error: RequestError) -> Outcome:
+    match error:
+        case DeadlineExceeded() | BodyTimeout():
+            return Outcome.TIMED_OUT
+        case Overloaded(reason="deadline"):
+            return Outcome.TIMED_OUT
+        case Unavailable(reason="worker_lost" | "worker_failed"):
+            return Outcome.FAILED
+        case _:
+            return Outcome.REJECTED
+
+
+def _error_headers(error: RequestError) -> Headers:
+    headers: Headers = []
+    if error.retry_after_s is not None:
+        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s))))
+    if error.reason is not None:
+        headers.append((b"x-tidegate-reject-reason", error.reason.encode()))
+    if isinstance(error, TooLarge | BodyTimeout):
+        headers.append((b"connection", b"close"))  # the rest of the body is not wanted
+    return headers

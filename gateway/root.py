@@ -1,0 +1,211 @@
+"""The gateway process: settings in, parts wired, listeners open, drained on a signal."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.metadata
+import logging
+import secrets
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from litestar import Litestar
+
+from gateway.app import operator_app, public_app
+from gateway.fleet import Fleet
+from gateway.metrics import Metrics, StateCollector
+from gateway.pipeline import Pipeline
+from gateway.recorder import Recorder
+from gateway.sampling import TailSampler
+from gateway.scheduler import Scheduler
+from gateway.settings import Capture, GatewaySettings, Tracing
+from gateway.tracing import SpanBuilder, TraceWriter
+from protos.core.capture import CaptureWriter
+from protos.core.clock import SYSTEM_CLOCK
+from protos.core.errors import ConfigError, TidegateError
+
+log = logging.getLogger("tidegate.gateway")
+
+KEEP_ALIVE_SECONDS = 75
+BACKLOG = 4096
+LAST_WORDS_SECONDS = 5
+"""How long connections may take to close after the drain."""
+
+
+class _Server(uvicorn.Server):
+    """Signals belong to the root, which drains first."""
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        yield
+
+
+def run(settings: GatewaySettings) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start."""
+    version = importlib.metadata.version("tidegate")
+    public = _listen(settings.host, settings.port, "--port")
+    operator = _listen(settings.operator_host, settings.operator_port, "--operator-port")
+    with contextlib.ExitStack() as stack:
+        capture = _open_capture(settings, version)
+        if capture is not None:
+            stack.callback(capture.close)
+        traces = _open_traces(settings.tracing, settings.name, version)
+        if traces is not None:
+            stack.callback(traces.close)
+        try:
+            with asyncio.Runner(loop_factory=_new_loop) as runner:
+                runner.run(_serve(settings, version, public, operator, capture, traces))
+        except* TidegateError as group:
+            raise _first(group) from None
+
+
+async def _serve(
+    settings: GatewaySettings,
+    version: str,
+    public: socket.socket,
+    operator: socket.socket,
+    capture: CaptureWriter | None,
+    traces: TraceWriter | None,
+) -> None:
+    stop = _stop_on_signal()
+    scheduler = Scheduler()
+    fleet = Fleet(settings.workers, gateway=settings.name, version=version, clock=SYSTEM_CLOCK, scheduler=scheduler)
+    metrics = Metrics()
+    recorder = Recorder(metrics, capture, traces)
+    metrics.registry.register(StateCollector(scheduler, fleet, recorder.capture_stats, recorder.trace_counts))
+    async with asyncio.TaskGroup() as tasks:
+        pipeline = Pipeline(
+            limits=settings.limits,
+            scheduler=scheduler,
+            fleet=fleet,
+            recorder=recorder,
+            tasks=tasks,
+            clock=SYSTEM_CLOCK,
+        )
+        sessions = fleet.start(tasks)
+        sessions.append(tasks.create_task(_refuse_mismatch(fleet)))
+        servers = [
+            _server(public_app(pipeline, fleet, scheduler)),
+            _server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
+        ]
+        running = [
+            tasks.create_task(server.serve(sockets=[listener]))
+            for server, listener in zip(servers, (public, operator), strict=True)
+        ]
+        log.info("%s: serving on %s, operators on %s", settings.name, _address(public), _address(operator))
+        await stop.wait()
+        log.info("%s: draining %d requests", settings.name, pipeline.active)
+        if not await pipeline.drain(settings.limits.drain_s):
+            log.warning("%s: %d requests cut off after %g s", settings.name, pipeline.active, settings.limits.drain_s)
+        for server in servers:
+            server.should_exit = True
+        await asyncio.wait(running)
+        for session in sessions:
+            session.cancel()
+    log.info("%s: stopped", settings.name)
+
+
+async def _refuse_mismatch(fleet: Fleet) -> None:
+    """A gateway none of whose workers speaks its protocol does not start."""
+    await fleet.first_answer()
+    if mismatch := fleet.mismatch():
+        raise mismatch
+
+
+def _server(app: Litestar) -> _Server:
+    return _Server(
+        uvicorn.Config(
+            app,
+            http="httptools",
+            ws="none",
+            lifespan="on",
+            loop="none",
+            log_config=None,
+            access_log=False,
+            server_header=False,
+            date_header=False,
+            proxy_headers=False,
+            timeout_keep_alive=KEEP_ALIVE_SECONDS,
+            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
+            backlog=BACKLOG,
+        )
+    )
+
+
+def _listen(host: str, port: int, flag: str) -> socket.socket:
+    """Bind before anything else starts, so that a port in use is one line."""
+    try:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        return socket.create_server((host, port), family=family, backlog=BACKLOG)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with {flag}") from None
+
+
+def _address(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://{host}:{port}"
+
+
+def _open_capture(settings: GatewaySettings, version: str) -> CaptureWriter | None:
+    capture = settings.capture
+    if capture.dir is None:
+        return None
+    return CaptureWriter(
+        Path(capture.dir),
+        id=f"{time.strftime('%Y%m%d-%H%M%S', time.gmtime())}-{settings.name}-{secrets.token_hex(2)}",
+        writer=f"tidegate {version}",
+        level=capture.level,
+        key=_hash_key(capture),
+    )
+
+
+def _hash_key(capture: Capture) -> bytes:
+    if capture.key_file is None:
+        return secrets.token_bytes(32)
+    try:
+        key = Path(capture.key_file).read_bytes().strip()
+    except OSError as error:
+        raise ConfigError(f"gateway.capture.key_file: {capture.key_file}: {error.strerror}") from None
+    if not 16 <= len(key) <= 64:
+        raise ConfigError(f"gateway.capture.key_file: {capture.key_file}: must hold 16 to 64 bytes")
+    return key
+
+
+def _open_traces(tracing: Tracing, name: str, version: str) -> TraceWriter | None:
+    if tracing.otlp_endpoint is None:
+        return None
+    # Imported here: without an endpoint the exporter's half a second of imports is not paid.
+    from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+
+    exporter = OTLPSpanExporter(
+        endpoint=tracing.otlp_endpoint, insecure=not tracing.otlp_endpoint.startswith("https://"), timeout=5
+    )
+    sampler = TailSampler(tracing.keep_ratio, tracing.keep_per_s)
+    return TraceWriter(exporter, sampler, SpanBuilder(name, version), SYSTEM_CLOCK)
+
+
+def _stop_on_signal() -> asyncio.Event:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    return stop
+
+
+def _new_loop() -> asyncio.AbstractEventLoop:
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+def _first(group: BaseExceptionGroup[Any]) -> BaseException:
+    error: BaseException = group
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error

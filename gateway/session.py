@@ -1,0 +1,283 @@
+"""One worker's session: a multiplexed gRPC stream, kept open, its events handed to the sinks of its slots."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from typing import Any, Literal, Protocol
+
+import grpc
+import grpc.aio
+
+from gateway.offset import ClockOffset
+from gateway.upstream import Sink
+from protos.core import wire
+from protos.core.clock import Clock
+from protos.core.contract import (
+    PROTOCOL,
+    Deltas,
+    EngineFrame,
+    GatewayFrame,
+    Hello,
+    Load,
+    Prompt,
+    Sampling,
+    Submit,
+    Welcome,
+)
+from protos.core.errors import ProtocolMismatch
+
+log = logging.getLogger("tidegate.gateway")
+
+PING_SECONDS = 1.0
+SILENCE_NS = 5_000_000_000
+"""A worker says something every second, idle or not; after this long without a frame it hangs."""
+BACKOFF_SECONDS = (0.1, 5.0)
+MISMATCH_SECONDS = 30.0
+
+State = Literal["connecting", "ready", "refused"]
+
+
+class Listener(Protocol):
+    """Who wants to know about a worker; synchronous, on the event loop."""
+
+    def worker_ready(self, session: WorkerSession, welcome: Welcome) -> None: ...
+
+    def worker_reported(self, session: WorkerSession, load: Load, is_draining: bool) -> None: ...
+
+    def worker_lost(self, session: WorkerSession, reason: str) -> None:
+        """Called before the sinks of its slots hear `lost`."""
+
+    def worker_refused(self, session: WorkerSession) -> None:
+        """It speaks another version of the protocol."""
+
+
+class WorkerSession:
+    """An Upstream over gRPC. `run` connects, and connects again, until it is cancelled."""
+
+    def __init__(self, address: str, *, gateway: str, version: str, clock: Clock, listener: Listener) -> None:
+        self.address = address
+        self.state: State = "connecting"
+        self.mismatch: ProtocolMismatch | None = None
+        self.welcome: Welcome | None = None
+        self.load = Load()
+        self.last_error = ""
+        self._hello = Hello(PROTOCOL, gateway, version)
+        self._clock = clock
+        self._listener = listener
+        self._offset = ClockOffset()
+        self._sinks: dict[int, Sink] = {}
+        self._next_slot = 1
+        self._submits: list[Submit] = []
+        self._cancels: list[int] = []
+        self._has_output = asyncio.Event()
+        self._heard_ns = 0
+
+    @property
+    def name(self) -> str:
+        """The address: two workers may call themselves the same."""
+        return self.address
+
+    @property
+    def open_slots(self) -> int:
+        return len(self._sinks)
+
+    # -- Upstream
+
+    def submit(
+        self, sink: Sink, *, request_id: str, prompt: Prompt, sampling: Sampling, model: str, traceparent: str
+    ) -> int:
+        slot = self._next_slot
+        self._next_slot += 1
+        self._sinks[slot] = sink
+        self._submits.append(
+            Submit(
+                slot=slot,
+                request_id=request_id,
+                prompt=prompt,
+                sampling=sampling,
+                model=model,
+                traceparent=traceparent,
+            )
+        )
+        self._has_output.set()
+        return slot
+
+    def cancel(self, slot: int) -> None:
+        if slot in self._sinks:
+            self._cancels.append(slot)
+            self._has_output.set()
+
+    # -- connection
+
+    async def run(self) -> None:
+        """Keep the session open. Backs off with jitter between attempts."""
+        backoff_s = BACKOFF_SECONDS[0]
+        while True:
+            reason = await self._connect_once()
+            was_ready = self.state == "ready"
+            self.state = "refused" if self.mismatch else "connecting"
+            if reason != self.last_error or was_ready:
+                log.warning("worker %s: %s", self.address, reason)
+                self.last_error = reason
+            self._end(reason)
+            if self.mismatch:
+                self._listener.worker_refused(self)
+            if was_ready:
+                backoff_s = BACKOFF_SECONDS[0]
+            wait_s = MISMATCH_SECONDS if self.mismatch else backoff_s
+            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+            backoff_s = min(backoff_s * 2, BACKOFF_SECONDS[1])
+
+    async def _connect_once(self) -> str:
+        """One session from connect to loss; returns why it ended."""
+        async with grpc.aio.insecure_channel(self.address, options=wire.CHANNEL_OPTIONS) as channel:
+            call = channel.stream_stream(
+                wire.SESSION_METHOD,
+                request_serializer=wire.encode_gateway_frame,
+                response_deserializer=wire.decode_engine_frame,
+            )()
+            try:
+                async with asyncio.timeout(SILENCE_NS / 1e9):
+                    await call.write(GatewayFrame(hello=self._hello, ping_sent_ns=self._clock.mono_ns()))
+                    await self._read_until_ready(call)
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(self._write(call))
+                    tasks.create_task(self._watch(call))
+                    tasks.create_task(self._read(call))
+            except TimeoutError:
+                return "does not answer"
+            except ProtocolMismatch as error:
+                self.mismatch = error
+                return str(error)
+            except grpc.aio.AioRpcError as error:
+                return self._explain(error)
+            except ExceptionGroup as group:
+                return self._explain_group(group)
+            finally:
+                call.cancel()
+        raise AssertionError("a session ends with an exception")
+
+    async def _read_until_ready(self, call: Any) -> None:
+        """Welcome, then the first pong: without it the worker's stamps mean nothing here."""
+        frame = await _next_frame(call)
+        welcome = frame.welcome
+        if welcome is None or welcome.protocol != PROTOCOL:
+            raise ProtocolMismatch.between(worker=welcome.protocol if welcome else 0, gateway=PROTOCOL)
+        self.mismatch = None
+        self._offset = ClockOffset()
+        while not self._offset.is_known:
+            self._take_pong(frame)
+            if not self._offset.is_known:
+                frame = await _next_frame(call)
+        self._heard_ns = self._clock.mono_ns()
+        self.welcome = welcome
+        self.state = "ready"
+        self.last_error = ""
+        log.info("worker %s: ready, %s on %s", self.address, welcome.model.names[0], welcome.model.backend)
+        self._listener.worker_ready(self, welcome)
+
+    async def _read(self, call: Any) -> None:
+        while True:
+            self._take(await _next_frame(call))
+
+    async def _write(self, call: Any) -> None:
+        while True:
+            await self._has_output.wait()
+            self._has_output.clear()
+            submits, self._submits = self._submits, []
+            cancels, self._cancels = self._cancels, []
+            await call.write(GatewayFrame(submits=submits, cancels=cancels))
+
+    async def _watch(self, call: Any) -> None:
+        """Ping, and notice a worker that hangs without closing."""
+        while True:
+            await asyncio.sleep(PING_SECONDS)
+            silent_ns = self._clock.mono_ns() - self._heard_ns
+            if silent_ns > SILENCE_NS:
+                raise TimeoutError(f"silent for {silent_ns / 1e9:.0f} s")
+            await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
+
+    # -- events
+
+    def _take(self, frame: EngineFrame) -> None:
+        """One engine step, handed to its sinks. The hot path of the gateway."""
+        now_ns = self._clock.mono_ns()
+        self._heard_ns = now_ns
+        sinks = self._sinks
+        offset_ns = self._offset.offset_ns
+        for accepted in frame.accepted:
+            if sink := sinks.get(accepted.slot):
+                sink.accepted(accepted.received_ns, offset_ns)
+        for started in frame.started:
+            if sink := sinks.get(started.slot):
+                sink.started(started, offset_ns)
+        if frame.deltas is not None:
+            self._take_deltas(frame.deltas, now_ns)
+        for finished in frame.finished:
+            if sink := sinks.pop(finished.slot, None):
+                sink.finished(finished, offset_ns)
+        for failed in frame.failed:
+            if sink := sinks.pop(failed.slot, None):
+                sink.failed(failed, offset_ns)
+        self._take_pong(frame)
+        if frame.load is not None:
+            self.load = frame.load
+            self._listener.worker_reported(self, frame.load, frame.draining)
+
+    def _take_deltas(self, deltas: Deltas, now_ns: int) -> None:
+        sinks = self._sinks
+        if deltas.choices or deltas.logprobs:
+            choices = deltas.choices or [0] * len(deltas.slots)
+            rows = zip(deltas.slots, deltas.texts, deltas.token_counts, choices, strict=True)
+            for row, (slot, text, count, choice) in enumerate(rows):
+                if sink := sinks.get(slot):
+                    sink.delta(text, count, choice, deltas.logprobs.get(row), now_ns)
+            return
+        for slot, text, count in zip(deltas.slots, deltas.texts, deltas.token_counts, strict=True):
+            if sink := sinks.get(slot):
+                sink.delta(text, count, 0, None, now_ns)
+
+    def _take_pong(self, frame: EngineFrame) -> None:
+        if frame.pong is not None:
+            sent_ns, received_ns = frame.pong
+            self._offset.add(sent_ns, received_ns, self._clock.mono_ns())
+
+    def _end(self, reason: str) -> None:
+        """Fail every slot exactly once. New submits are impossible: the listener has forgotten this worker first."""
+        if self.welcome is not None:
+            self.welcome = None
+            self._listener.worker_lost(self, reason)
+        self._submits.clear()
+        self._cancels.clear()
+        self._has_output.clear()
+        sinks, self._sinks = self._sinks, {}
+        for sink in sinks.values():
+            sink.lost(reason)
+
+    def _explain(self, error: grpc.aio.AioRpcError) -> str:
+        details = error.details() or ""
+        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+            self.mismatch = ProtocolMismatch(details)
+            return details
+        if error.code() is grpc.StatusCode.UNAVAILABLE and self.state != "ready":
+            return "cannot be reached"
+        return f"session ended: {error.code().name.lower()} {details}".rstrip()
+
+    def _explain_group(self, group: ExceptionGroup[Exception]) -> str:
+        error = group.exceptions[0]
+        if isinstance(error, grpc.aio.AioRpcError):
+            return self._explain(error)
+        if isinstance(error, TimeoutError | asyncio.InvalidStateError | EOFError):
+            return f"session ended: {error}"
+        raise group
+
+
+async def _next_frame(call: Any) -> EngineFrame:
+    frame = await call.read()
+    if frame is grpc.aio.EOF:
+        code = await call.code()
+        raise EOFError(f"closed by the worker ({code.name.lower()}) {await call.details() or ''}".rstrip())
+    assert isinstance(frame, EngineFrame)
+    return frame

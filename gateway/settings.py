@@ -1,0 +1,58 @@
+"""Settings of the gateway process: section [gateway]."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import msgspec
+
+from protos.core.capture import Level
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
+
+
+class Limits(msgspec.Struct, frozen=True, kw_only=True):
+    body_bytes: Positive = 16 * 1024 * 1024
+    max_tokens: Positive = 131_072
+    """Most output tokens that one request may ask for, over all its choices."""
+    queue_requests: Positive = 1_000
+    queue_bytes: Positive = 256 * 1024 * 1024
+    first_token_s: Seconds = 30.0
+    total_s: Seconds = 300.0
+    attempts: Positive = 2
+    """Most workers that one request is tried on; only before its first token."""
+    drain_s: Seconds = 300.0
+    """How long running streams may take to finish after SIGTERM."""
+
+
+class Capture(msgspec.Struct, frozen=True, kw_only=True):
+    dir: str | None = None
+    """Where captures go; none are written without it."""
+    level: Level = "hashed"
+    key_file: str | None = None
+    """Key of the hashed level; a new random one per capture without it."""
+
+
+class Tracing(msgspec.Struct, frozen=True, kw_only=True):
+    otlp_endpoint: str | None = None
+    """OTLP over gRPC, such as http://127.0.0.1:4317; no spans leave without it."""
+    keep_ratio: Ratio = 1.0
+    """Fraction kept of the traces that are not kept for a reason (error, slow, cancelled, preempted, retried)."""
+    keep_per_s: Seconds = 200.0
+    """Most traces exported per second."""
+
+
+class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
+    name: str = "gateway"
+    host: str = "127.0.0.1"
+    port: Port = 8000
+    operator_host: str = "127.0.0.1"
+    operator_port: Port = 8001
+    workers: tuple[str, ...] = ("127.0.0.1:9101",)
+    """HOST:PORT of each engine worker."""
+    limits: Limits = Limits()
+    capture: Capture = Capture()
+    tracing: Tracing = Tracing()

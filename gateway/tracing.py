@@ -1,0 +1,304 @@
+"""Traces: the record of a request as OpenTelemetry spans, built and exported off the request path.
+
+    POST /v1/chat/completions      SERVER    tidegate-gateway
+      receive | admit | queue | route        INTERNAL
+      attempt                      CLIENT    one per try; the last one carries gen_ai.*
+        generate                   SERVER    tidegate-engine
+          input | queue | prefill | decode   INTERNAL
+      deliver                      INTERNAL
+
+Jaeger's critical path ignores children that touch: spans start on whole microseconds, and each phase ends one
+microsecond before the next starts.
+"""
+
+from __future__ import annotations
+
+import collections
+import logging
+import threading
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan
+from opentelemetry.sdk.trace.export import SpanExportResult
+from opentelemetry.sdk.util.instrumentation import InstrumentationScope
+from opentelemetry.trace import Link, SpanContext, SpanKind, Status, StatusCode, TraceFlags
+
+from gateway.identity import new_id
+from gateway.sampling import TailSampler
+from protos.core import telemetry
+from protos.core.clock import Clock
+from protos.core.record import Outcome, RequestRecord
+
+log = logging.getLogger("tidegate.gateway")
+
+FLUSH_SECONDS = 0.5
+MAX_QUEUED = 10_000
+MAX_BATCH = 256
+_US = 1_000
+_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
+_GATEWAY_PHASES = ("receive", "admit", "queue", "route")
+_ENGINE_PHASES = tuple(telemetry.ENGINE_SPANS)
+
+
+class Exporter(Protocol):
+    """The part of OpenTelemetry's SpanExporter that is used."""
+
+    def export(self, spans: Sequence[ReadableSpan]) -> SpanExportResult: ...
+
+    def shutdown(self) -> None: ...
+
+
+class TraceWriter:
+    """A bounded queue drained by one thread: it samples, builds spans and exports them. `offer` never blocks."""
+
+    def __init__(self, exporter: Exporter, sampler: TailSampler, builder: SpanBuilder, clock: Clock) -> None:
+        self._exporter = exporter
+        self._sampler = sampler
+        self._builder = builder
+        self._clock = clock
+        self._queue: collections.deque[RequestRecord] = collections.deque()
+        self._closing = threading.Event()
+        self.exported = 0
+        self.dropped = 0
+        self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
+        self._thread.start()
+
+    def offer(self, record: RequestRecord) -> None:
+        if len(self._queue) >= MAX_QUEUED:
+            self.dropped += 1
+        else:
+            self._queue.append(record)
+
+    def close(self) -> None:
+        """Export what is queued, within the exporter's own timeout."""
+        self._closing.set()
+        self._thread.join()
+        self._exporter.shutdown()
+
+    def _run(self) -> None:
+        while not self._closing.wait(FLUSH_SECONDS):
+            self._drain()
+        self._drain()
+
+    def _drain(self) -> None:
+        while batch := self._next_batch():
+            spans = [span for record in batch for span in self._builder.build(record)]
+            if self._export(spans):
+                self.exported += len(batch)
+            else:
+                self.dropped += len(batch)
+
+    def _next_batch(self) -> list[RequestRecord]:
+        batch: list[RequestRecord] = []
+        while self._queue and len(batch) < MAX_BATCH:
+            record = self._queue.popleft()
+            if self._sampler.is_kept(record, self._clock.mono_ns()):
+                batch.append(record)
+        return batch
+
+    def _export(self, spans: list[ReadableSpan]) -> bool:
+        try:
+            return self._exporter.export(spans) is SpanExportResult.SUCCESS
+        except Exception:  # an exporter's bug must not end tracing
+            log.exception("trace export failed")
+            return False
+
+
+class SpanBuilder:
+    """Turns a record into its spans: a pure view, but for the random ids of the child spans."""
+
+    def __init__(self, gateway: str, version: str) -> None:
+        facts = {"service.version": version, "service.namespace": "tidegate"}
+        self._gateway = Resource({**facts, "service.name": telemetry.GATEWAY_SERVICE, "service.instance.id": gateway})
+        self._facts = facts
+        self._engines: dict[str, Resource] = {}
+        self._scope = InstrumentationScope("tidegate", version)
+
+    def build(self, record: RequestRecord) -> list[ReadableSpan]:
+        root = _context(record.trace_id, record.span_id)
+        start_ns = record.arrived_unix_ns // _US * _US
+        end_ns = start_ns + max(_US, record.total_ns // _US * _US)
+        starts = _phase_starts(record, start_ns)
+        spans = [self._root(record, root, start_ns, end_ns)]
+        for name in _GATEWAY_PHASES:
+            if name in starts:
+                spans.append(self._child(name, root, *starts[name]))
+        spans += self._failed_attempts(record, root, start_ns)
+        if record.attempts:
+            spans += self._last_attempt(record, root, starts, start_ns, end_ns)
+        if "deliver" in starts:
+            spans.append(self._child("deliver", root, *starts["deliver"]))
+        return spans
+
+    def _root(self, record: RequestRecord, context: SpanContext, start_ns: int, end_ns: int) -> ReadableSpan:
+        parent = _context(record.trace_id, record.parent_span_id, is_remote=True) if record.parent_span_id else None
+        links = [Link(replayed, {"tidegate.link": "replay_of"})] if (replayed := _replayed(record)) else []
+        return ReadableSpan(
+            name=f"POST {record.endpoint}",
+            context=context,
+            parent=parent,
+            resource=self._gateway,
+            attributes=_present(_root_attributes(record)),
+            links=links,
+            kind=SpanKind.SERVER,
+            status=_status(record),
+            start_time=start_ns,
+            end_time=end_ns,
+            instrumentation_scope=self._scope,
+        )
+
+    def _failed_attempts(self, record: RequestRecord, root: SpanContext, start_ns: int) -> list[ReadableSpan]:
+        return [
+            self._child(
+                "attempt",
+                root,
+                start_ns + attempt.started_ns // _US * _US,
+                start_ns + attempt.ended_ns // _US * _US - _US,
+                kind=SpanKind.CLIENT,
+                attributes={"tidegate.worker": attempt.worker, "error.type": attempt.error or "unknown"},
+                status=Status(StatusCode.ERROR, attempt.error),
+            )
+            for attempt in record.attempts[:-1]
+        ]
+
+    def _last_attempt(
+        self, record: RequestRecord, root: SpanContext, starts: dict[str, tuple[int, int]], start_ns: int, end_ns: int
+    ) -> list[ReadableSpan]:
+        begin_ns = start_ns + record.attempts[-1].started_ns // _US * _US
+        finish_ns = starts["deliver"][0] - _US if "deliver" in starts else end_ns - _US
+        attempt = self._child(
+            "attempt",
+            root,
+            begin_ns,
+            max(begin_ns, finish_ns),
+            kind=SpanKind.CLIENT,
+            attributes=_present(_generation_attributes(record)),
+            status=_status(record),
+        )
+        inside = {name: starts[name] for name in _ENGINE_PHASES if name in starts}
+        if not inside:
+            return [attempt]
+        engine = self._engine(record.attempts[-1].worker)
+        generate = self._child(
+            "generate",
+            attempt.context,
+            min(start for start, _ in inside.values()),
+            max(end for _, end in inside.values()),
+            kind=SpanKind.SERVER,
+            resource=engine,
+            attributes={"tidegate.preemptions": record.preemptions, "tidegate.simulated": record.is_simulated},
+        )
+        phases = [
+            self._child(telemetry.ENGINE_SPANS[name], generate.context, *span, resource=engine)
+            for name, span in inside.items()
+        ]
+        return [attempt, generate, *phases]
+
+    def _child(
+        self,
+        name: str,
+        parent: SpanContext,
+        start_ns: int,
+        end_ns: int,
+        *,
+        kind: SpanKind = SpanKind.INTERNAL,
+        resource: Resource | None = None,
+        attributes: dict[str, Any] | None = None,
+        status: Status | None = None,
+    ) -> ReadableSpan:
+        return ReadableSpan(
+            name=name,
+            context=_context(f"{parent.trace_id:032x}", new_id(64)),
+            parent=parent,
+            resource=resource or self._gateway,
+            attributes=attributes,
+            kind=kind,
+            status=status or Status(StatusCode.UNSET),
+            start_time=start_ns,
+            end_time=end_ns,
+            instrumentation_scope=self._scope,
+        )
+
+    def _engine(self, worker: str) -> Resource:
+        if worker not in self._engines:
+            self._engines[worker] = Resource(
+                {**self._facts, "service.name": telemetry.ENGINE_SERVICE, "service.instance.id": worker}
+            )
+        return self._engines[worker]
+
+
+def _phase_starts(record: RequestRecord, start_ns: int) -> dict[str, tuple[int, int]]:
+    """Phase to (start, end) in wall nanoseconds: whole microseconds, one microsecond apart, in order."""
+    spans = {}
+    offset_ns = 0
+    for name, length_ns in record.phases.present():
+        begin = start_ns + offset_ns // _US * _US
+        offset_ns += length_ns
+        end = start_ns + offset_ns // _US * _US
+        spans[name] = (begin, max(begin, end - _US))
+    return spans
+
+
+def _context(trace_id: str, span_id: str, *, is_remote: bool = False) -> SpanContext:
+    return SpanContext(int(trace_id, 16), int(span_id, 16), is_remote, _SAMPLED)
+
+
+def _replayed(record: RequestRecord) -> SpanContext | None:
+    if record.replay_of is None:
+        return None
+    _, trace_id, span_id, _ = record.replay_of.split("-")
+    return _context(trace_id, span_id, is_remote=True)
+
+
+def _status(record: RequestRecord) -> Status:
+    if record.outcome in (Outcome.FINISHED, Outcome.CANCELLED):
+        return Status(StatusCode.UNSET)
+    return Status(StatusCode.ERROR, record.error)
+
+
+def _root_attributes(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "http.request.method": "POST",
+        "http.route": record.endpoint,
+        "url.path": record.endpoint,
+        "http.response.status_code": record.status,
+        "http.request.body.size": record.body_bytes,
+        "error.type": record.error_code if record.outcome is not Outcome.FINISHED else None,
+        "tidegate.request_id": record.request_id,
+        "tidegate.outcome": record.outcome.value,
+        "tidegate.reject_reason": record.reject_reason,
+        "tidegate.tenant": record.tenant,
+        "tidegate.priority": record.priority,
+        "tidegate.session": record.session,
+        "tidegate.ttft_ms": _ms(record.first_token_at_ns),
+        "tidegate.unattributed_ms": _ms(record.unattributed_ns) if record.unattributed_ns else None,
+        "tidegate.backpressure_ms": _ms(record.backpressure_ns) if record.backpressure_ns else None,
+        "tidegate.max_gap_ms": _ms(record.max_gap_ns) if record.max_gap_ns else None,
+    }
+
+
+def _generation_attributes(record: RequestRecord) -> dict[str, Any]:
+    return {
+        "gen_ai.operation.name": "chat" if "chat" in record.endpoint else "text_completion",
+        "gen_ai.provider.name": "tidegate.sim" if record.is_simulated else "vllm",
+        "gen_ai.request.model": record.model,
+        "gen_ai.response.model": record.model,
+        "gen_ai.request.max_tokens": record.max_tokens,
+        "gen_ai.response.finish_reasons": record.finish_reasons or None,
+        "gen_ai.usage.input_tokens": record.prompt_tokens,
+        "gen_ai.usage.output_tokens": record.output_tokens,
+        "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
+        "server.address": record.worker,
+        "tidegate.worker": record.worker,
+        "error.type": record.error_code if record.outcome is not Outcome.FINISHED else None,
+    }
+
+
+def _present(attributes: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in attributes.items() if value is not None}
+
+
+def _ms(value_ns: int | None) -> float | None:
+    return None if value_ns is None else value_ns / 1e6

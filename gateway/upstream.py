@@ -1,0 +1,43 @@
+"""The seam to a worker. The gRPC session is one implementation, the tests' fake the other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from protos.core.contract import Failed, Finished, Prompt, Sampling, Started, TokenLogprob
+
+
+class Sink(Protocol):
+    """What a running request hears from its worker. All calls are synchronous and on the event loop.
+
+    Exactly one of `finished`, `failed` and `lost` ends the series. Stamps are in the worker's clock; `offset_ns` is
+    that clock minus ours.
+    """
+
+    def accepted(self, received_ns: int, offset_ns: int) -> None: ...
+
+    def started(self, event: Started, offset_ns: int) -> None: ...
+
+    def delta(
+        self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
+    ) -> None: ...
+
+    def finished(self, event: Finished, offset_ns: int) -> None: ...
+
+    def failed(self, event: Failed, offset_ns: int) -> None: ...
+
+    def lost(self, reason: str) -> None:
+        """The session broke: nobody knows what the worker did since."""
+
+
+class Upstream(Protocol):
+    """A connected worker."""
+
+    def submit(
+        self, sink: Sink, *, request_id: str, prompt: Prompt, sampling: Sampling, model: str, traceparent: str
+    ) -> int:
+        """Send a request; returns its slot, for `cancel`."""
+
+    def cancel(self, slot: int) -> None:
+        """Ask the worker to stop; the sink still hears how it ended. Unknown slots are ignored: the end came first."""
