@@ -59,7 +59,8 @@ def main(arguments: list[str]) -> int:
     if target not in TARGETS:
         say(f"unknown target '{target}': choose one of {', '.join(TARGETS)}")
         return 2
-    if sys.version_info < (3, 11):  # noqa: UP036: whichever python3 the machine has runs this
+    # Whichever python3 the machine has runs this file.
+    if sys.version_info < (3, 11):  # noqa: UP036
         say(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: run with PYTHON=/path/to/python3.11")
         return 2
     if is_done(target):

@@ -28,10 +28,13 @@ class Command(msgspec.Struct, frozen=True):
         return f"{self.host}:{self.port}"
 
 
-def choose_backend(wanted: str, has_vllm: bool) -> str:
-    """ "vllm" or "sim"; raises ConfigError when vLLM was asked for by name and is not there."""
+def choose_backend(wanted: str, configured: str, has_vllm: bool) -> str:
+    """ "vllm" or "sim". `configured` is what the [engine] section or a profile says; it decides where `auto` is wanted.
+
+    Raises ConfigError when vLLM was asked for by name and is not there.
+    """
     if wanted == "auto":
-        return "vllm" if has_vllm else "sim"
+        return "vllm" if configured == "vllm" and has_vllm else "sim"
     if wanted == "vllm" and not has_vllm:
         raise ConfigError("vLLM is not installed: run `make install`, or pass --backend sim")
     return wanted
@@ -50,9 +53,10 @@ def plan(settings: UpSettings, backend: str, config: Path | None) -> list[Comman
 
 def _worker(settings: UpSettings, backend: str, number: int, config: Path | None) -> Command:
     name, port = f"worker-{number}", settings.worker_port + number - 1
-    flags = ["--backend", backend, "--model", settings.model, "--name", name]
-    flags += ["--host", LOOPBACK, "--port", str(port), *_config(config)]
-    return Command(name, LOOPBACK, port, (*TIDEGATE, "engine", *flags))
+    flags = ["--backend", backend, "--name", name, "--host", LOOPBACK, "--port", str(port)]
+    flags += ["--model", settings.model] if settings.model else []
+    flags += ["--profile", settings.profile] if settings.profile else []
+    return Command(name, LOOPBACK, port, (*TIDEGATE, "engine", *flags, *_config(config)))
 
 
 def _gateway(settings: UpSettings, workers: list[Command], config: Path | None) -> Command:

@@ -9,7 +9,6 @@ import msgspec
 from protos.core.capture import Level
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
-DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
 class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
@@ -21,7 +20,10 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
 
     backend: Literal["auto", "vllm", "sim"] = "auto"
     """auto: vLLM where it is installed, else the simulated engine, saying so."""
-    model: str = DEFAULT_MODEL
+    model: str | None = None
+    """Pulled model, path or hub name; None takes the [engine] section's, which is SmolLM2-135M-Instruct by default."""
+    profile: str | None = None
+    """Ready-made engine settings, a name from engine/profiles."""
     workers: Annotated[int, msgspec.Meta(ge=1, le=64)] = 1
     host: str = "127.0.0.1"
     port: Port = 8000
@@ -34,5 +36,5 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     otlp_endpoint: str = ""
     """http://HOST:4317 of an OpenTelemetry collector or Jaeger; empty sends no traces."""
     log_dir: str = ".tidegate/logs"
-    drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 30.0
+    drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0
     """Longest wait for running streams when stopping."""

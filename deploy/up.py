@@ -9,21 +9,30 @@ import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from deploy.plan import LOOPBACK, TIDEGATE, Command, choose_backend, has_vllm, plan
 from deploy.settings import UpSettings
+from engine.cli import load_settings as load_engine_settings
+from engine.settings import DEFAULT_MODEL, EngineSettings
 from protos.core import settings as core_settings
 from protos.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from deploy.stack import Stack
+    from deploy.view import View
 
 
 def up(
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML).")] = None,
     backend: Annotated[str | None, typer.Option(help="auto, vllm or sim.")] = None,
     workers: Annotated[int | None, typer.Option(help="How many engine workers.")] = None,
-    model: Annotated[str | None, typer.Option(help="Model name, hub name or path.")] = None,
+    model: Annotated[str | None, typer.Option(help="Pulled model, hub name or path.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Ready-made engine settings: a file of engine/profiles.")] = None,
     host: Annotated[str | None, typer.Option(help="Address for clients.")] = None,
     port: Annotated[int | None, typer.Option(help="Port for clients.")] = None,
     operator_port: Annotated[int | None, typer.Option(help="Port for metrics and state, on 127.0.0.1.")] = None,
@@ -36,14 +45,14 @@ def up(
 ) -> None:
     """Serve a model on this machine: workers and the gateway, restarted when they die, drained on Ctrl-C."""
     flags = {
-        "backend": backend, "workers": workers, "model": model, "host": host, "port": port,
+        "backend": backend, "workers": workers, "model": model, "profile": profile, "host": host, "port": port,
         "operator_port": operator_port, "worker_port": worker_port, "capture_level": capture_level,
         "capture_dir": capture_dir, "otlp_endpoint": otlp_endpoint, "log_dir": log_dir,
     }  # fmt: skip
-    serve(load(config, flags), config, started_at or time.time())
+    serve(load_settings(config, flags), config, started_at or time.time())
 
 
-def load(config: Path | None, flags: Mapping[str, Any]) -> UpSettings:
+def load_settings(config: Path | None, flags: Mapping[str, Any]) -> UpSettings:
     return core_settings.load(UpSettings, "up", file=config, environ=os.environ, flags=flags)
 
 
@@ -51,31 +60,47 @@ def serve(settings: UpSettings, config: Path | None, started_at_unix_s: float) -
     """Run until SIGINT or SIGTERM, then drain. Raises ConfigError when the stack cannot be started."""
     from rich.console import Console
 
+    console = Console(highlight=False)
+    with asked_to_stop() as times_asked:
+        commands, engine = prepare(settings, config, console)
+        with running(settings, commands, console) as (stack, view):
+            view.event(f"starting {len(commands)} parts; their logs are in {settings.log_dir}/")
+            stack.run(until=lambda: stack.is_ready or times_asked() > 0)
+            if not times_asked():
+                view.event(f"\nready after {time.time() - started_at_unix_s:.0f} s; stop with Ctrl-C\n")
+                view.event(next_steps(settings, engine.names[0]))
+            stack.run(until=lambda: times_asked() > 0)
+            view.event("stopping: running streams may finish; Ctrl-C again ends them now")
+            stack.stop(settings.drain_s, is_hurried=lambda: times_asked() > 1)
+            view.event("stopped")
+
+
+def prepare(settings: UpSettings, config: Path | None, console: Console) -> tuple[list[Command], EngineSettings]:
+    """Everything that can be wrong or missing before a process is started. Raises ConfigError."""
+    engine = load_engine(settings, config)
+    backend = choose_backend(settings.backend, engine.backend, has_vllm())
+    commands = plan(settings, backend, config)
+    check_ports(commands, settings)
+    if backend == "sim":
+        console.print(SIMULATED, soft_wrap=True, style="bold red")
+    else:
+        ensure_model(engine.model)
+    return commands, engine
+
+
+@contextlib.contextmanager
+def running(settings: UpSettings, commands: list[Command], console: Console) -> Iterator[tuple[Stack, View]]:
+    """A stack that is not started yet, and of which nothing is left afterwards."""
     from deploy.load import LoadReader
     from deploy.parts import make_parts
     from deploy.stack import Stack
     from deploy.view import View
 
-    backend = choose_backend(settings.backend, has_vllm())
-    commands = plan(settings, backend, config)
-    check_ports(commands, settings)
-    console = Console(highlight=False)
-    if backend == "sim":
-        console.print(SIMULATED, soft_wrap=True, style="bold red")
-    else:
-        ensure_model(settings.model)
-    with asked_to_stop() as times_asked, View(console, LoadReader(operator_url(settings)).read) as view:
+    load = LoadReader(operator_url(settings), {command.address: command.name for command in commands})
+    with View(console, load.read) as view:
         stack = Stack(make_parts(commands, settings), view)
         try:
-            view.event(f"starting {len(commands)} parts; their logs are in {settings.log_dir}/")
-            stack.run(until=lambda: stack.is_ready or times_asked() > 0)
-            if not times_asked():
-                view.event(f"\nready after {time.time() - started_at_unix_s:.0f} s; stop with Ctrl-C\n")
-                view.event(next_steps(settings))
-            stack.run(until=lambda: times_asked() > 0)
-            view.event("stopping: running streams may finish; Ctrl-C again ends them now")
-            stack.stop(settings.drain_s, is_hurried=lambda: times_asked() > 1)
-            view.event("stopped")
+            yield stack, view
         finally:
             stack.kill()
 
@@ -84,16 +109,26 @@ SIMULATED = """\
 !! SIMULATED ENGINE: the tokens are made up, not a model's. Install vLLM with `make install` for real ones."""
 
 
+def load_engine(settings: UpSettings, config: Path | None) -> EngineSettings:
+    """What the workers will read from the same places. Raises ConfigError before any of them is started."""
+    backend = None if settings.backend == "auto" else settings.backend
+    flags = {"backend": backend, "model": settings.model, "profile": settings.profile}
+    return load_engine_settings(config, dict(os.environ), flags)
+
+
 def operator_url(settings: UpSettings) -> str:
     return f"http://{LOOPBACK}:{settings.operator_port}"
 
 
 def ensure_model(model: str) -> None:
-    """Fetch a model that has to be fetched before it can be served; it shows its own progress."""
-    from engine.model import is_missing
+    """Fetch the default model where it is missing, with its own progress; any other has to be there or on the hub."""
+    from engine.model import pulled_models, resolve
 
-    if is_missing(model) and subprocess.run([*TIDEGATE, "model", "pull", model]).returncode != 0:
-        raise ConfigError(f"model {model} could not be fetched: see above, or serve another with --model")
+    if model != DEFAULT_MODEL:
+        resolve(model)
+    elif model not in {pulled.name for pulled in pulled_models()}:
+        if subprocess.run([*TIDEGATE, "model", "pull", model]).returncode != 0:
+            raise ConfigError(f"the model {model} could not be fetched: see above, or serve another with --model")
 
 
 def check_ports(commands: list[Command], settings: UpSettings) -> None:
@@ -131,14 +166,14 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
             signal.signal(number, handler)
 
 
-def next_steps(settings: UpSettings) -> str:
+def next_steps(settings: UpSettings, model: str) -> str:
     url = f"http://{LOOPBACK if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
     captures = settings.capture_dir
     return f"""\
 Try next, in another terminal:
 
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{{
-    "model": "{settings.model}", "stream": true,
+    "model": "{model}", "stream": true,
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   .venv/bin/tidegate capture ls {captures}

@@ -35,16 +35,22 @@ def test_capture_and_traces_are_the_gateways() -> None:
 
 
 @pytest.mark.parametrize(
-    ("wanted", "has_vllm", "chosen"),
-    [("auto", True, "vllm"), ("auto", False, "sim"), ("sim", True, "sim"), ("vllm", True, "vllm")],
+    ("wanted", "configured", "has_vllm", "chosen"),
+    [
+        ("auto", "vllm", True, "vllm"),
+        ("auto", "vllm", False, "sim"),
+        ("auto", "sim", True, "sim"),
+        ("sim", "vllm", True, "sim"),
+        ("vllm", "sim", True, "vllm"),
+    ],
 )
-def test_auto_prefers_real_tokens(wanted: str, has_vllm: bool, chosen: str) -> None:
-    assert choose_backend(wanted, has_vllm) == chosen
+def test_auto_prefers_real_tokens(wanted: str, configured: str, has_vllm: bool, chosen: str) -> None:
+    assert choose_backend(wanted, configured, has_vllm) == chosen
 
 
 def test_asking_for_a_missing_vllm_says_what_to_do() -> None:
     with pytest.raises(ConfigError, match="make install"):
-        choose_backend("vllm", has_vllm=False)
+        choose_backend("vllm", "vllm", has_vllm=False)
 
 
 def test_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
@@ -66,11 +72,11 @@ def test_unknown_key_names_its_neighbour(tmp_path: Path) -> None:
     config = tmp_path / "tide.toml"
     config.write_text("[up]\nworker = 2\n")
     with pytest.raises(ConfigError, match="did you mean 'workers'"):
-        up.load(config, {})
+        up.load_settings(config, {})
 
 
 def test_flags_win_over_the_file(tmp_path: Path) -> None:
     config = tmp_path / "tide.toml"
     config.write_text("[up]\nworkers = 2\nport = 8100\n")
-    settings = up.load(config, {"port": 8200, "workers": None})
+    settings = up.load_settings(config, {"port": 8200, "workers": None})
     assert (settings.workers, settings.port) == (2, 8200)
