@@ -127,7 +127,8 @@ def ensure_model(model: str) -> None:
     if model != DEFAULT_MODEL:
         resolve(model)
     elif model not in {pulled.name for pulled in pulled_models()}:
-        if subprocess.run([*TIDEGATE, "model", "pull", model]).returncode != 0:
+        pulling = subprocess.run([*TIDEGATE, "model", "pull", model])
+        if pulling.returncode != 0:
             raise ConfigError(f"the model {model} could not be fetched: see above, or serve another with --model")
 
 
