@@ -73,6 +73,7 @@ def _app(handlers: list[Any]) -> Litestar:
         handlers,
         exception_handlers={HTTPException: _explain_http, Exception: _explain_bug},
         openapi_config=None,
+        logging_config=None,
         debug=False,
     )
 

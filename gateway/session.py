@@ -140,7 +140,8 @@ class WorkerSession:
             )()
             try:
                 async with asyncio.timeout(SILENCE_NS / 1e9):
-                    await call.write(GatewayFrame(hello=self._hello, ping_sent_ns=self._clock.mono_ns()))
+                    await call.write(GatewayFrame(hello=self._hello))
+                    await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
                     await self._read_until_ready(call)
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write(call))
