@@ -50,7 +50,7 @@ WORKER_GAUGES: tuple[tuple[str, str, Callable[[Load], float]], ...] = (
     ),
 )
 
-disable_created_metrics()
+disable_created_metrics()  # type: ignore[no-untyped-call]
 
 
 class Metrics:
