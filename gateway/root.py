@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import importlib.metadata
 import logging
+import resource
 import secrets
 import signal
 import socket
@@ -49,6 +51,7 @@ class _Server(uvicorn.Server):
 def run(settings: GatewaySettings) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start."""
     version = importlib.metadata.version("tidegate")
+    _allow_open_files()
     public = _listen(settings.host, settings.port, "--port")
     operator = _listen(settings.operator_host, settings.operator_port, "--operator-port")
     with contextlib.ExitStack() as stack:
@@ -98,6 +101,9 @@ async def _serve(
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (public, operator), strict=True)
         ]
+        # What exists now stays: without it each full collection walks all modules, and every stream waits for that.
+        gc.collect()
+        gc.freeze()
         log.info("%s: serving on %s, operators on %s", settings.name, _address(public), _address(operator))
         await stop.wait()
         log.info("%s: draining %d requests", settings.name, pipeline.active)
@@ -136,6 +142,12 @@ def _server(app: Litestar) -> _Server:
             backlog=BACKLOG,
         )
     )
+
+
+def _allow_open_files() -> None:
+    """One connection is one file: use what the system allows, not its cautious default."""
+    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(host: str, port: int, flag: str) -> socket.socket:
