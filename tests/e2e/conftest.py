@@ -80,7 +80,8 @@ class Up:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="unused", max_retries=0, timeout=60, **options)
 
     def pid_of(self, part: str) -> int:
-        """pid of "gateway" or "worker-N"."""
+        """pid of "gateway", of "worker-N", or of the worker at HOST:PORT."""
+        part = part.rpartition(":")[2]
         for child in psutil.Process(self.process.pid).children():
             with contextlib.suppress(psutil.Error):
                 command = child.cmdline()
@@ -130,8 +131,15 @@ def vllm_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield up
 
 
+@pytest.fixture(scope="session")
+def sim_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
+    """Two simulated workers, for tests that kill parts: whatever they kill comes back."""
+    with Up(tmp_path_factory.mktemp("sim"), "--backend", "sim", "--workers", "2") as up:
+        yield up
+
+
 @pytest.fixture
-def sim_up(tmp_path: Path) -> Iterator[Up]:
-    """Two simulated workers, for tests that break things."""
-    with Up(tmp_path, "--backend", "sim", "--workers", "2") as up:
+def own_up(tmp_path: Path) -> Iterator[Up]:
+    """One simulated worker, for a test that stops the stack."""
+    with Up(tmp_path, "--backend", "sim") as up:
         yield up

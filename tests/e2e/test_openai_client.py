@@ -270,12 +270,12 @@ async def test_async_client_runs_many_at_once(vllm_up: Up) -> None:
     assert {answer.choices[0].message.content for answer in answers} == {answers[0].choices[0].message.content}
 
 
-def test_request_id_and_worker_are_told(client: openai.OpenAI) -> None:
+def test_request_id_and_worker_are_told(client: openai.OpenAI, vllm_up: Up) -> None:
     raw = client.chat.completions.with_raw_response.create(
         model=MODEL, messages=QUESTION, max_tokens=1, extra_headers={"x-request-id": "req-e2e-1"}
     )
     assert raw.headers["x-request-id"] == "req-e2e-1"
-    assert raw.headers["x-tidegate-worker"] == "worker-1"
+    assert raw.headers["x-tidegate-worker"] == f"127.0.0.1:{vllm_up.worker_port}"
 
 
 def test_timing_is_told_on_request_and_sums_up(client: openai.OpenAI) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import os
 import signal
 import socket
@@ -37,63 +38,101 @@ def long_stream(up: Up, tokens: int) -> openai.Stream[openai.types.chat.ChatComp
     )
 
 
-def test_killed_worker_comes_back_and_takes_traffic(sim_up: Up) -> None:
-    before = sim_up.pid_of("worker-1")
-    os.kill(before, signal.SIGKILL)
-    wait_until(lambda: "worker-1 died (killed by SIGKILL" in sim_up.output, "up notices the death")
-    assert sim_up.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
-    wait_until(lambda: sim_up.output.count("worker-1 is ready") == 2, "worker-1 comes back")
-    assert sim_up.pid_of("worker-1") != before
-    wait_until(lambda: len([w for w in sim_up.state()["workers"] if w["connected"]]) == 2, "the gateway has both again")
+def kill(up: Up, part: str) -> None:
+    os.kill(up.pid_of(part), signal.SIGKILL)
 
 
-def test_started_stream_of_a_killed_worker_ends_in_an_error_event(sim_up: Up) -> None:
-    stream = long_stream(sim_up, 2000)
-    worker = stream.response.headers["x-tidegate-worker"]
+def ready_workers(up: Up) -> int:
+    state = up.state()
+    return sum(worker["state"] == "ready" for worker in state["workers"]) if state else 0
+
+
+@pytest.fixture
+def both_ready(sim_up: Up) -> Up:
+    wait_until(lambda: ready_workers(sim_up) == 2, "what an earlier test killed is back")
+    return sim_up
+
+
+def test_killed_worker_comes_back_and_meanwhile_the_other_serves(both_ready: Up) -> None:
+    up, before = both_ready, both_ready.pid_of("worker-1")
+    starts = up.output.count("worker-1 is ready")
+    kill(up, "worker-1")
+    wait_until(lambda: "worker-1 died (killed by SIGKILL" in up.output, "up notices the death")
+    assert up.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
+    wait_until(lambda: up.output.count("worker-1 is ready") > starts, "worker-1 comes back")
+    assert up.pid_of("worker-1") != before
+    wait_until(lambda: ready_workers(up) == 2, "the gateway has both again")
+
+
+def test_request_without_a_token_moves_to_the_other_worker(both_ready: Up) -> None:
+    up = both_ready
+    with concurrent.futures.ThreadPoolExecutor() as threads:
+        prompt = "a long prompt takes the engine a while to read " * 600
+        answer = threads.submit(up.client().completions.create, model=MODEL, prompt=prompt, max_tokens=2)
+        wait_until(lambda: busy_worker(up), "a worker has the request")
+        kill(up, busy_worker(up))
+        assert answer.result(timeout=60).choices[0].finish_reason == "length"
+    wait_until(lambda: up.state()["leases"] == 0, "leases return to zero")
+
+
+def busy_worker(up: Up) -> str:
+    """Address of a worker that runs a request, or ""."""
+    return next((str(worker["address"]) for worker in up.state()["workers"] if worker["leases"]), "")
+
+
+def test_started_stream_of_a_killed_worker_ends_in_an_error_event(both_ready: Up) -> None:
+    stream = long_stream(both_ready, 2000)
     chunks = iter(stream)
     for _ in range(3):
         next(chunks)
-    os.kill(sim_up.pid_of(worker), signal.SIGKILL)
+    kill(both_ready, stream.response.headers["x-tidegate-worker"])
     with pytest.raises(openai.APIError):
         list(chunks)
-    wait_until(lambda: sim_up.state()["leases"] == 0, "leases return to zero")
+    wait_until(lambda: both_ready.state()["leases"] == 0, "leases return to zero")
 
 
-def test_killed_gateway_comes_back(sim_up: Up) -> None:
-    os.kill(sim_up.pid_of("gateway"), signal.SIGKILL)
-    wait_until(lambda: sim_up.output.count("gateway is ready") == 2, "the gateway comes back")
-    assert sim_up.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
+def test_killed_gateway_comes_back_and_its_capture_is_sound(both_ready: Up) -> None:
+    up = both_ready
+    up.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2)
+    captures = set(up.captures.iterdir())
+    wait_until(lambda: up.state()["capture"]["written"] > 0, "the request is captured")
+    kill(up, "gateway")
+    wait_until(lambda: up.output.count("gateway is ready") == 2, "the gateway comes back")
+    wait_until(lambda: ready_workers(up) == 2, "the gateway has both workers again")
+    assert up.client().chat.completions.create(model=MODEL, messages=HELLO, max_tokens=2).choices
+    for capture in captures:
+        verdict = tidegate("capture", "verify", str(capture), cwd=up.folder)
+        assert verdict.returncode == 0, verdict.stdout
 
 
-def test_interrupt_lets_running_streams_finish(sim_up: Up) -> None:
-    stream = long_stream(sim_up, 40)
+def test_interrupt_lets_running_streams_finish(own_up: Up) -> None:
+    stream = long_stream(own_up, 40)
     chunks = iter(stream)
     next(chunks)
-    family = sim_up.family()
+    family = own_up.family()
     received: list[int] = []
     reader = threading.Thread(target=lambda: received.append(sum(1 for _ in chunks)))
     reader.start()
-    assert sim_up.stop() == 0
+    assert own_up.stop() == 0
     reader.join()
     assert received[0] >= 40
     assert not [process for process in family if process.is_running()]
 
 
-def test_second_interrupt_ends_at_once(sim_up: Up) -> None:
-    stream = long_stream(sim_up, 4000)
+def test_second_interrupt_ends_at_once(own_up: Up) -> None:
+    stream = long_stream(own_up, 4000)
     next(iter(stream))
-    sim_up.process.send_signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in sim_up.output, "up drains")
-    assert sim_up.stop(timeout_s=10) == 0
+    own_up.process.send_signal(signal.SIGINT)
+    wait_until(lambda: "stopping" in own_up.output, "up drains")
+    assert own_up.stop(timeout_s=10) == 0
 
 
-def test_killed_up_leaves_no_orphans(tmp_path: Path) -> None:
-    with Up(tmp_path, "--backend", "sim") as up:
-        family = up.family()
-        up.process.kill()
-        up.process.wait()
-        _, alive = psutil.wait_procs(family, timeout=20)
-        assert not alive
+def test_killed_up_leaves_no_orphans(own_up: Up) -> None:
+    family = own_up.family()
+    own_up.process.kill()
+    own_up.process.wait()
+    _, alive = psutil.wait_procs(family, timeout=20)
+    assert not alive
 
 
 def test_simulated_engine_announces_itself(sim_up: Up) -> None:
