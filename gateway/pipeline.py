@@ -328,8 +328,7 @@ class Pipeline:
                 )
             case Failed():
                 return _failure(end)
-            case Lost(reason):
-                log.warning("request %s: worker %s lost: %s", exchange.identity.request_id, exchange.worker, reason)
+            case Lost():
                 return Unavailable(
                     "the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0
                 )

@@ -71,6 +71,7 @@ class WorkerSession:
         self._next_slot = 1
         self._submits: list[Submit] = []
         self._cancels: list[int] = []
+        self._is_ping_due = False
         self._has_output = asyncio.Event()
         self._heard_ns = 0
 
@@ -119,7 +120,7 @@ class WorkerSession:
             was_ready = self.state == "ready"
             self.state = "refused" if self.mismatch else "connecting"
             if reason != self.last_error or was_ready:
-                log.warning("worker %s: %s", self.address, reason)
+                log.warning("worker %s: %s; %d requests were running", self.address, reason, len(self._sinks))
                 self.last_error = reason
             self._end(reason)
             if self.mismatch:
@@ -145,7 +146,7 @@ class WorkerSession:
                     await self._read_until_ready(call)
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(self._write(call))
-                    tasks.create_task(self._watch(call))
+                    tasks.create_task(self._watch())
                     tasks.create_task(self._read(call))
             except TimeoutError:
                 return "does not answer"
@@ -184,21 +185,25 @@ class WorkerSession:
             self._take(await _next_frame(call))
 
     async def _write(self, call: Any) -> None:
+        """The only writer once the session is ready: gRPC allows one write at a time."""
         while True:
             await self._has_output.wait()
             self._has_output.clear()
             submits, self._submits = self._submits, []
             cancels, self._cancels = self._cancels, []
-            await call.write(GatewayFrame(submits=submits, cancels=cancels))
+            ping_sent_ns = self._clock.mono_ns() if self._is_ping_due else 0
+            self._is_ping_due = False
+            await call.write(GatewayFrame(submits=submits, cancels=cancels, ping_sent_ns=ping_sent_ns))
 
-    async def _watch(self, call: Any) -> None:
+    async def _watch(self) -> None:
         """Ping, and notice a worker that hangs without closing."""
         while True:
             await asyncio.sleep(PING_SECONDS)
             silent_ns = self._clock.mono_ns() - self._heard_ns
             if silent_ns > SILENCE_NS:
                 raise TimeoutError(f"silent for {silent_ns / 1e9:.0f} s")
-            await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
+            self._is_ping_due = True
+            self._has_output.set()
 
     # -- events
 
