@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import logging
 import os
 import sys
@@ -12,8 +13,12 @@ from typing import Annotated, Any
 import typer
 
 from engine import profile as profiles
+from engine.backend import Backend
+from engine.model import pull as pull_model
+from engine.model import pulled_models, resolve
 from engine.settings import DEFAULT_MODEL, EngineSettings
 from protos.core import settings as settings_loader
+from protos.core.errors import ConfigError
 
 model_app = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 
@@ -80,7 +85,38 @@ def _run(settings: EngineSettings) -> int:
         return runner.run(main())
 
 
-def _make_backend(settings: EngineSettings) -> Any:
-    from engine.backends.sim import SimBackend
+def _make_backend(settings: EngineSettings) -> Backend:
+    if settings.backend == "sim":
+        from engine.backends.sim import SimBackend
 
-    return SimBackend(settings)
+        return SimBackend(settings)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError("vLLM is not installed; run: make install, or start with --backend sim")
+    from engine.backends.vllm import VllmBackend
+
+    return VllmBackend(settings, resolve(settings.model))
+
+
+@model_app.command()
+def pull(name: Annotated[str, typer.Argument(help="The default model, or a hub name.")] = DEFAULT_MODEL) -> None:
+    """Make a model ready in the cache folder."""
+    from rich.console import Console
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description:>26}"), BarColumn(), DownloadColumn(), TimeElapsedColumn())
+    console = Console(stderr=True)
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("looking", total=None)
+
+        def advance(stage: str, done: int, total: int) -> None:
+            progress.update(task, description=stage, completed=done, total=total or None)
+
+        folder = pull_model(name, advance)
+    typer.echo(folder)
+
+
+@model_app.command()
+def ls() -> None:
+    """List the models of the cache folder."""
+    for model in pulled_models():
+        typer.echo(f"{model.name}\t{model.size_bytes / 1e6:.0f} MB\t{model.path}")

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import msgspec
 
 from engine.backend import Backend, Cancel
+from engine.failure import failed
 from engine.outbox import Outbox
 from protos.core.contract import (
     Accepted,
@@ -17,7 +18,6 @@ from protos.core.contract import (
     Finished,
     GatewayFrame,
     Host,
-    Stamps,
     Started,
     Submit,
     TokenLogprob,
@@ -113,15 +113,12 @@ class Session:
             self._cancels[submit.slot] = cancel
 
     def _refusal(self, submit: Submit, now_ns: int) -> Failed | None:
-        stamps = Stamps(received_ns=now_ns)
         if self.is_draining:
             message = "the worker is draining; try another one"
-            return Failed(slot=submit.slot, kind=FailureKind.UNAVAILABLE, message=message, stamps=stamps)
+            return failed(submit, now_ns, FailureKind.UNAVAILABLE, message)
         if submit.model and submit.model not in self._model_names:
             message = f"the model '{submit.model}' does not exist; this worker has {', '.join(self._model_names)}"
-            return Failed(
-                slot=submit.slot, kind=FailureKind.UNKNOWN_MODEL, message=message, param="model", stamps=stamps
-            )
+            return failed(submit, now_ns, FailureKind.UNKNOWN_MODEL, message, "model")
         return None
 
     # ---------------------------------------------------------------- Sink

@@ -38,8 +38,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     enforce_eager: bool = False
     gpu_memory_utilization: float | None = None
     """Share of a GPU's memory that vLLM may use."""
-    cpu_kv_cache_gib: int = 2
-    """KV cache where vLLM runs on the CPU."""
+    kv_cache_gib: float | None = None
+    """Size of the KV cache; on a GPU it follows from `gpu_memory_utilization` where this is not given."""
     cpu_cores: str = "auto"
     """Cores for vLLM on the CPU, as "0-3"; "auto" leaves the binding to vLLM."""
     vllm: dict[str, Any] = {}

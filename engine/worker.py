@@ -58,7 +58,7 @@ class Worker:
         self._stop.set()
 
     async def open(self) -> ModelInfo:
-        """Bind the port, then load the model: until that is done, health says NOT_SERVING. Raises ConfigError."""
+        """Bind the port, then load the model: until `run`, health says NOT_SERVING. Raises ConfigError."""
         self._server.add_generic_rpc_handlers((self._servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -66,17 +66,16 @@ class Worker:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self._bind()
         await self._server.start()
-        model = await self._backend.start()
-        self._servicer.serve(model)
-        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
-        return model
+        return await self._backend.start()
 
-    async def run(self) -> int:
+    async def run(self, model: ModelInfo) -> int:
         """Serve until `stop` or until the engine dies. Returns the exit status."""
         async with asyncio.TaskGroup() as group:
             beat = group.create_task(self._beat())
             death = group.create_task(self._backend.run())
             stopping = group.create_task(self._stop.wait())
+            self._servicer.serve(model)
+            await self._set_health(health_pb2.HealthCheckResponse.SERVING)
             await asyncio.wait([death, stopping], return_when=asyncio.FIRST_COMPLETED)
             await self._drain(death)
             for task in (beat, death, stopping):
@@ -132,7 +131,7 @@ async def serve(settings: EngineSettings, backend: Backend) -> int:
     try:
         model = await worker.open()
         _log.warning("%s", ready_line(settings, model, worker.port))
-        return await worker.run()
+        return await worker.run(model)
     finally:
         await worker.close()
 

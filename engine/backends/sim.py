@@ -8,12 +8,12 @@ import time
 from functools import partial
 
 from engine.backend import Cancel, Sink
-from engine.context import context_exceeded, output_limit
+from engine.failure import context_exceeded, failed, output_limit
 from engine.settings import EngineSettings
 from engine.sim.prompt import count_tokens
 from engine.sim.simulator import Limits, Sequence, Simulator, Step
 from engine.sim.text import Script, fake_logprob, write_script
-from protos.core.contract import Failed, FailureKind, Finished, Load, ModelInfo, Stamps, Started, Submit
+from protos.core.contract import FailureKind, Finished, Load, ModelInfo, Stamps, Started, Submit
 from protos.core.errors import ConfigError, InvalidRequest
 
 _log = logging.getLogger("tidegate.engine")
@@ -78,7 +78,7 @@ class SimBackend:
         try:
             prompt_tokens = count_tokens(submit.prompt)
         except InvalidRequest as error:
-            sink.failed(_invalid(submit, received_ns, error))
+            sink.failed(failed(submit, received_ns, FailureKind.INVALID, error.message, error.param or ""))
             return _nothing
         limit = output_limit(self._context_tokens, prompt_tokens, submit.sampling.max_tokens)
         if limit is None:
@@ -187,16 +187,6 @@ class SimBackend:
             dtype="none",
             profile=settings.profile,
         )
-
-
-def _invalid(submit: Submit, received_ns: int, error: InvalidRequest) -> Failed:
-    return Failed(
-        slot=submit.slot,
-        kind=FailureKind.INVALID,
-        message=error.message,
-        param=error.param or "",
-        stamps=Stamps(received_ns=received_ns),
-    )
 
 
 def _finished(request: _Request) -> Finished:

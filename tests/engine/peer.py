@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
 import grpc.aio
 
+from engine.backend import Backend
+from engine.settings import EngineSettings
+from engine.worker import Worker
 from protos.core import wire
 from protos.core.contract import (
     PROTOCOL,
@@ -39,7 +41,7 @@ class Answer:
     """All that a worker said about one slot."""
 
     def __init__(self) -> None:
-        self.is_accepted = False
+        self.accepted_ns = 0
         self.started: Started | None = None
         self.texts: dict[int, str] = {}
         self.token_ids: dict[int, list[int]] = {}
@@ -48,6 +50,10 @@ class Answer:
         self.finished: Finished | None = None
         self.failed: Failed | None = None
         self.done = asyncio.Event()
+
+    @property
+    def is_accepted(self) -> bool:
+        return self.accepted_ns > 0
 
     @property
     def text(self) -> str:
@@ -66,9 +72,12 @@ class Peer:
     async def send(self, **frame: Any) -> None:
         await self._call.write(GatewayFrame(**frame))
 
-    async def submit(self, *submits: Submit) -> list[Answer]:
+    def expect(self, *submits: Submit) -> None:
         for item in submits:
             self.answers[item.slot] = Answer()
+
+    async def submit(self, *submits: Submit) -> list[Answer]:
+        self.expect(*submits)
         await self.send(submits=submits)
         return [self.answers[item.slot] for item in submits]
 
@@ -92,7 +101,7 @@ class Peer:
 
     def _take(self, frame: EngineFrame) -> None:
         for accepted in frame.accepted:
-            self.answers[accepted.slot].is_accepted = True
+            self.answers[accepted.slot].accepted_ns = accepted.received_ns
         for started in frame.started:
             answer = self.answers[started.slot]
             assert answer.started is None
@@ -148,5 +157,23 @@ async def connect(address: str, protocol: int = PROTOCOL) -> AsyncIterator[Peer]
         call.cancel()
 
 
-def now_ns() -> int:
-    return time.monotonic_ns()
+class Running:
+    """A worker that runs in this process."""
+
+    def __init__(self, worker: Worker, task: asyncio.Task[int]) -> None:
+        self.worker = worker
+        self.exit_status = task
+        self.address = f"127.0.0.1:{worker.port}"
+
+
+@asynccontextmanager
+async def running_worker(settings: EngineSettings, backend: Backend) -> AsyncIterator[Running]:
+    worker = Worker(settings, backend)
+    try:
+        model = await worker.open()
+        async with asyncio.TaskGroup() as group:
+            running = Running(worker, group.create_task(worker.run(model)))
+            yield running
+            worker.stop()
+    finally:
+        await worker.close()

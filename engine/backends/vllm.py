@@ -1,0 +1,424 @@
+"""vLLM's AsyncLLM behind `engine.backend.Backend`.
+
+Tokenizing and chat templates run on vLLM's renderer threads; everything else here runs on the event loop, one task per
+request. The `generate` iterators that one engine step wakes all run in one pass of the loop, so that their deltas leave
+in one frame.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import difflib
+import itertools
+import logging
+import os
+import re
+from typing import Any
+
+import msgspec
+
+from engine.backend import Cancel, Sink
+from engine.backends.vllm_load import LoadRecorder
+from engine.failure import context_exceeded, failed, output_limit, prompt_field
+from engine.prompt import read_messages, read_template_kwargs
+from engine.settings import EngineSettings
+from protos.core.contract import (
+    ChatPrompt,
+    FailureKind,
+    Finished,
+    Load,
+    ModelInfo,
+    Sampling,
+    Stamps,
+    Started,
+    Submit,
+    TextPrompt,
+    TokenLogprob,
+    TokenPrompt,
+)
+from protos.core.errors import ConfigError, InvalidRequest
+
+_log = logging.getLogger("tidegate.engine")
+
+CPU_KV_CACHE_GIB = 2.0
+LIVENESS_S = 0.5
+CONTEXT_PARAMETERS = ("input_tokens", "input_text")
+"""What vLLM calls the field at fault where the prompt alone exceeds the context."""
+_BAD_PROMPT = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
+"""What vLLM's renderer raises for messages that the template cannot take."""
+
+
+class _Request:
+    """One request in the engine. It is over when its sink was told how it ended."""
+
+    def __init__(self, submit: Submit, received_ns: int, sink: Sink) -> None:
+        self.submit = submit
+        self.received_ns = received_ns
+        self.sink = sink
+        self.is_over = False
+        self.prompt_tokens = 0
+        self.cached_tokens = 0
+        self.output_tokens = 0
+        self.has_started = False
+        self.reasons: dict[int, str] = {}
+        self.stamps = Stamps(received_ns=received_ns)
+        self.preemptions: dict[int, int] = {}
+
+    @property
+    def sequences(self) -> int:
+        return self.submit.sampling.n
+
+    def fail(self, kind: FailureKind, message: str, param: str = "") -> None:
+        if not self.is_over:
+            self.is_over = True
+            failure = failed(self.submit, self.received_ns, kind, message, param)
+            self.sink.failed(msgspec.structs.replace(failure, stamps=self.stamps))
+
+    def exceed(self, context_tokens: int, prompt_tokens: int) -> None:
+        if not self.is_over:
+            self.is_over = True
+            self.sink.failed(context_exceeded(self.submit, self.received_ns, context_tokens, prompt_tokens))
+
+    def finish(self) -> None:
+        """Choices that gave no reason were cancelled."""
+        if not self.is_over:
+            self.is_over = True
+            self.sink.finished(
+                Finished(
+                    slot=self.submit.slot,
+                    reasons=tuple(self.reasons.get(choice, "cancelled") for choice in range(self.sequences)),
+                    prompt_tokens=self.prompt_tokens,
+                    cached_tokens=self.cached_tokens,
+                    output_tokens=self.output_tokens,
+                    preemptions=sum(self.preemptions.values()),
+                    stamps=self.stamps,
+                )
+            )
+
+
+class VllmBackend:
+    """One AsyncLLM. `source` is what vLLM loads: a folder or a hub name."""
+
+    def __init__(self, settings: EngineSettings, source: str) -> None:
+        self._settings = settings
+        self._source = source
+        self._engine: Any = None
+        self._recorder = LoadRecorder()
+        self._requests: set[_Request] = set()
+        self._tasks = asyncio.TaskGroup()
+        self._numbers = itertools.count()
+        self._context_tokens = 0
+        self._sampling_defaults: dict[str, Any] = {}
+
+    async def start(self) -> ModelInfo:
+        _set_environment(self._settings)
+        self._engine = await asyncio.to_thread(self._make_engine)
+        config = self._engine.vllm_config
+        self._context_tokens = config.model_config.max_model_len
+        self._sampling_defaults = config.model_config.get_diff_sampling_param()
+        self._recorder.kv_blocks = config.cache_config.num_gpu_blocks or 0
+        return _model_info(self._settings, self._engine)
+
+    def submit(self, submit: Submit, received_ns: int, sink: Sink) -> Cancel:
+        request = _Request(submit, received_ns, sink)
+        self._requests.add(request)
+        task = self._tasks.create_task(self._serve(request))
+        task.add_done_callback(lambda _: self._requests.discard(request))
+
+        def cancel() -> None:
+            request.finish()
+            task.cancel()
+
+        return cancel
+
+    def load(self) -> Load:
+        sequences = sum(request.sequences for request in self._requests)
+        return self._recorder.load(sequences, self._engine.get_num_queued_tokens())
+
+    async def run(self) -> str:
+        async with self._tasks:
+            while not self._engine.errored:  # noqa: ASYNC110 vLLM has no event for it
+                await asyncio.sleep(LIVENESS_S)
+            for request in self._requests:
+                request.fail(FailureKind.UNAVAILABLE, "the engine died")
+        return "vLLM's engine process is gone; see its messages above"
+
+    async def stop(self) -> None:
+        if self._engine is not None:
+            await asyncio.to_thread(self._engine.shutdown)
+
+    # ---------------------------------------------------------------- one request
+
+    async def _serve(self, request: _Request) -> None:
+        from vllm.exceptions import VLLMClientError
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            prompt = await self._render(request.submit)
+            request.prompt_tokens = len(prompt["prompt_token_ids"])
+            limit = output_limit(self._context_tokens, request.prompt_tokens, request.submit.sampling.max_tokens)
+            if limit is None:
+                request.exceed(self._context_tokens, request.prompt_tokens)
+            else:
+                await self._generate(request, prompt, limit)
+        except InvalidRequest as error:
+            request.fail(FailureKind.INVALID, error.message, error.param or "")
+        except VLLMClientError as error:
+            self._refuse(request, error)
+        except EngineDeadError:
+            request.fail(FailureKind.UNAVAILABLE, "the engine died")
+        except Exception as error:
+            _log.exception("request %s failed", request.submit.request_id)
+            request.fail(FailureKind.INTERNAL, f"the engine failed: {type(error).__name__}")
+
+    async def _render(self, submit: Submit) -> Any:
+        """vLLM's input of a prompt: template applied, tokenized. Raises InvalidRequest and VLLMClientError."""
+        renderer = self._engine.renderer
+        match submit.prompt:
+            case ChatPrompt():
+                return await self._render_chat(submit.prompt)
+            case TokenPrompt(token_ids):
+                if not token_ids:
+                    raise InvalidRequest("the prompt is empty", param="prompt")
+                renderer.validate_token_ids(token_ids, parameter="prompt")
+                raw: Any = {"prompt_token_ids": list(token_ids)}
+            case TextPrompt(text):
+                raw = {"prompt": text}
+        (prompt,) = await renderer.render_cmpl_async([raw])
+        if not prompt["prompt_token_ids"]:
+            raise InvalidRequest("the prompt is empty", param="prompt")
+        return prompt
+
+    async def _render_chat(self, chat: ChatPrompt) -> Any:
+        from jinja2 import TemplateError
+        from vllm.renderers import ChatParams
+
+        messages = read_messages(chat)
+        arguments = read_template_kwargs(chat) | {"add_generation_prompt": True, "continue_final_message": False}
+        try:
+            _, (prompt,) = await self._engine.renderer.render_chat_async(
+                [messages], ChatParams(chat_template_kwargs=arguments)
+            )
+        except (*_BAD_PROMPT, TemplateError) as error:
+            raise InvalidRequest(f"the chat template does not take these messages: {error}", param="messages") from None
+        return prompt
+
+    async def _generate(self, request: _Request, prompt: Any, limit: int) -> None:
+        params = _sampling_params(request.submit.sampling, limit, self._sampling_defaults)
+        # A number of our own: two gateways may use the same request id, and vLLM aborts by it.
+        name = f"{request.submit.request_id}-{next(self._numbers)}"
+        async for output in self._engine.generate(prompt, params, name, priority=request.submit.priority):
+            _tell(request, output)
+        request.finish()
+
+    def _refuse(self, request: _Request, error: Exception) -> None:
+        parameter = getattr(error, "parameter", None)
+        message = str(error.args[0]) if error.args else str(error)
+        field = prompt_field(request.submit)
+        if parameter in CONTEXT_PARAMETERS:
+            request.fail(FailureKind.CONTEXT_EXCEEDED, message, field)
+        else:
+            request.fail(FailureKind.INVALID, message, parameter or _field_named_in(message) or "")
+
+    # ---------------------------------------------------------------- the engine
+
+    def _make_engine(self) -> Any:
+        """Import vLLM and load the model: seconds to minutes, on a thread."""
+        from pydantic import ValidationError
+        from vllm import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        arguments = _engine_arguments(self._settings, self._source)
+        _check_arguments(arguments, {field.name for field in dataclasses.fields(AsyncEngineArgs)})
+        try:
+            config = AsyncEngineArgs(**arguments).create_engine_config()
+        except (ValidationError, ValueError, OSError, NotImplementedError) as error:
+            raise ConfigError(f"vLLM cannot serve {self._source}: {_one_line(error)}") from None
+        return _start_engine(AsyncLLM, config, self._recorder)
+
+
+def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:
+    from engine.backends.vllm_load import stat_logger
+
+    try:
+        return make.from_vllm_config(
+            config, stat_loggers=[stat_logger(recorder)], disable_log_stats=True, enable_log_requests=False
+        )
+    except RuntimeError as error:
+        raise ConfigError(f"vLLM's engine did not start: {_one_line(error)} (--verbose shows its messages)") from error
+
+
+def _set_environment(settings: EngineSettings) -> None:
+    """What vLLM takes from nowhere else; it reads these when it is imported."""
+    if settings.cpu_cores != "auto":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_cores
+    if not settings.is_verbose:
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:
+    from vllm.platforms import current_platform
+
+    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
+    arguments: dict[str, Any] = {
+        "model": source,
+        "served_model_name": list(settings.names),
+        "dtype": settings.dtype,
+        "tensor_parallel_size": settings.tensor_parallel_size,
+        "enforce_eager": settings.enforce_eager,
+        "scheduling_policy": "priority",
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_num_seqs,
+        "max_num_batched_tokens": settings.max_num_batched_tokens,
+        "quantization": settings.quantization,
+        "gpu_memory_utilization": settings.gpu_memory_utilization,
+        "kv_cache_memory_bytes": int(kv_cache_gib * 2**30) if kv_cache_gib else None,
+    }
+    return {name: value for name, value in arguments.items() if value is not None} | settings.vllm
+
+
+def _check_arguments(arguments: dict[str, Any], known: set[str]) -> None:
+    for name in arguments:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=3)
+            hint = f"; near ones: {', '.join(near)}" if near else ""
+            raise ConfigError(f"engine.vllm.{name}: vLLM has no such engine argument{hint}")
+
+
+def _model_info(settings: EngineSettings, engine: Any) -> ModelInfo:
+    import vllm
+    from vllm.platforms import current_platform
+
+    config = engine.vllm_config
+    model, scheduler, cache = config.model_config, config.scheduler_config, config.cache_config
+    device = "cpu" if current_platform.is_cpu() else current_platform.get_device_name()
+    return ModelInfo(
+        names=settings.names,
+        backend="vllm",
+        backend_version=vllm.__version__.split("+")[0],
+        simulated=False,
+        context_tokens=model.max_model_len,
+        max_sequences=scheduler.max_num_seqs,
+        max_batch_tokens=scheduler.max_num_batched_tokens,
+        kv_blocks=cache.num_gpu_blocks or 0,
+        kv_block_tokens=cache.block_size,
+        has_chat_template=getattr(engine.get_tokenizer(), "chat_template", None) is not None,
+        device=device,
+        dtype=str(model.dtype).removeprefix("torch."),
+        quantization=model.quantization or "",
+        tensor_parallel=settings.tensor_parallel_size,
+        profile=settings.profile,
+    )
+
+
+# ---------------------------------------------------------------- values, there and back
+
+
+def _sampling_params(sampling: Sampling, limit: int, defaults: dict[str, Any]) -> Any:
+    """vLLM's sampling parameters: the request's, else the model's own defaults, else vLLM's."""
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    given = {
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k,
+        "min_p": sampling.min_p,
+        "presence_penalty": sampling.presence_penalty,
+        "frequency_penalty": sampling.frequency_penalty,
+        "repetition_penalty": sampling.repetition_penalty,
+        "seed": sampling.seed,
+        "min_tokens": sampling.min_tokens,
+        "logprobs": sampling.logprobs,
+        "skip_special_tokens": sampling.skip_special_tokens,
+    }
+    return SamplingParams.from_optional(
+        **(defaults | {name: value for name, value in given.items() if value is not None} | {"max_tokens": limit}),
+        n=sampling.n,
+        stop=list(sampling.stop),
+        stop_token_ids=list(sampling.stop_token_ids),
+        ignore_eos=sampling.ignore_eos,
+        logit_bias=dict(sampling.logit_bias) or None,
+        include_stop_str_in_output=sampling.include_stop_in_output,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,
+    )
+
+
+def _tell(request: _Request, output: Any) -> None:
+    """Pass on what one step gave a request."""
+    request.cached_tokens = output.num_cached_tokens or request.cached_tokens
+    for completion in output.outputs:
+        _take_metrics(request, completion.index, output.metrics)
+    if not request.has_started:
+        request.has_started = True
+        request.sink.started(Started(request.submit.slot, request.prompt_tokens, request.cached_tokens, request.stamps))
+    for completion in output.outputs:
+        token_ids = completion.token_ids
+        if token_ids or completion.text:
+            request.output_tokens += len(token_ids)
+            logprobs = None
+            if completion.logprobs is not None:
+                logprobs = tuple(map(_token_logprob, token_ids, completion.logprobs))
+            request.sink.delta(request.submit.slot, completion.text, token_ids, completion.index, logprobs)
+        if completion.finish_reason is not None:
+            request.reasons[completion.index] = _reason(completion.finish_reason)
+
+
+def _reason(finish_reason: str) -> str:
+    return {"abort": "cancelled", "repetition": "stop"}.get(finish_reason, finish_reason)
+
+
+def _take_metrics(request: _Request, choice: int, metrics: Any) -> None:
+    """Copy the stamps: the object is vLLM's own and goes on changing. They are seconds of the host's monotonic clock.
+
+    With several choices the earliest start and the latest end count.
+    """
+    if metrics is None:
+        return
+    old = request.stamps
+    request.preemptions[choice] = metrics.num_preemptions
+    request.stamps = Stamps(
+        received_ns=old.received_ns,
+        queued_ns=_first(old.queued_ns, metrics.queued_ts),
+        scheduled_ns=_first(old.scheduled_ns, metrics.scheduled_ts),
+        first_token_ns=_first(old.first_token_ns, metrics.first_token_ts),
+        last_token_ns=max(old.last_token_ns, int(metrics.last_token_ts * 1e9)),
+    )
+
+
+def _first(known_ns: int, stamp_s: float) -> int:
+    stamp_ns = int(stamp_s * 1e9)
+    return min(known_ns, stamp_ns) if known_ns and stamp_ns else known_ns or stamp_ns
+
+
+def _token_logprob(token_id: int, position: Any) -> TokenLogprob:
+    sampled = position[token_id]
+    ranked = sorted(position.values(), key=lambda item: item.rank or 0)
+    return TokenLogprob(
+        sampled.decoded_token or "",
+        max(sampled.logprob, -9999.0),
+        (sampled.decoded_token or "").encode(),
+        tuple(_alternative(item) for item in ranked),
+    )
+
+
+def _alternative(item: Any) -> TokenLogprob:
+    text = item.decoded_token or ""
+    return TokenLogprob(text, max(item.logprob, -9999.0), text.encode())
+
+
+_SAMPLING_FIELDS = frozenset(Sampling.__struct_fields__)
+
+
+def _field_named_in(message: str) -> str | None:
+    """vLLM's checks begin with the parameter's name where they do not give it apart."""
+    return next((word for word in re.findall(r"[a-z_]+", message) if word in _SAMPLING_FIELDS), None)
+
+
+def _one_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines)[:300] or type(error).__name__

@@ -1,0 +1,52 @@
+"""The client's own JSON of a chat prompt, read as far as any backend needs it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from protos.core.contract import ChatPrompt
+from protos.core.errors import InvalidRequest
+
+
+class _Message(msgspec.Struct):
+    role: str
+    content: str | list[dict[str, Any]] | None = None
+
+
+_shape = msgspec.json.Decoder(list[_Message])
+_messages = msgspec.json.Decoder(list[dict[str, Any]])
+_kwargs = msgspec.json.Decoder(dict[str, Any])
+
+
+def read_messages(prompt: ChatPrompt) -> list[dict[str, Any]]:
+    """The messages with all their fields; each has a role, and a content of text, parts or nothing.
+
+    Raises InvalidRequest.
+    """
+    try:
+        shapes = _shape.decode(prompt.messages_json)
+        messages = _messages.decode(prompt.messages_json)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"messages: {error}", param="messages") from None
+    if not shapes:
+        raise InvalidRequest("messages is empty", param="messages")
+    return messages
+
+
+def read_template_kwargs(prompt: ChatPrompt) -> dict[str, Any]:
+    """Arguments of the chat template. Raises InvalidRequest."""
+    if not prompt.template_kwargs_json:
+        return {}
+    try:
+        return _kwargs.decode(prompt.template_kwargs_json)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise InvalidRequest(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+
+
+def text_bytes(message: dict[str, Any]) -> int:
+    """UTF-8 bytes of a message's text."""
+    content = message.get("content")
+    texts = [part.get("text") for part in content] if isinstance(content, list) else [content]
+    return sum(len(text.encode()) for text in texts if isinstance(text, str))

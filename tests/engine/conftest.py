@@ -1,0 +1,92 @@
+"""Workers for the tests: in this process with a simulated engine, or as processes of their own."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from engine.backends.sim import SimBackend
+from engine.model import pull
+from engine.settings import DEFAULT_MODEL, EngineSettings
+from tests.engine.peer import Running, running_worker
+
+CONTEXT_TOKENS = 512
+REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
+SETTINGS = f"""
+[engine]
+max_model_len = {CONTEXT_TOKENS}
+max_num_seqs = 16
+max_num_batched_tokens = 512
+enforce_eager = true
+kv_cache_gib = 0.5
+
+[engine.sim]
+step_ms = 2
+"""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    if importlib.util.find_spec("vllm") is None and not REQUIRE_VLLM:
+        for item in items:
+            if item.get_closest_marker("vllm") is not None:
+                item.add_marker(pytest.mark.skip(reason="vLLM is not installed"))
+
+
+@pytest.fixture(scope="session")
+def vllm_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """A worker with the default model on real vLLM, started once."""
+    pull(DEFAULT_MODEL, lambda *_: None)
+    with worker_process(tmp_path_factory.mktemp("vllm"), "vllm") as address:
+        yield address
+
+
+@pytest.fixture(scope="session")
+def sim_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    with worker_process(tmp_path_factory.mktemp("sim"), "sim", "--profile", "instant") as address:
+        yield address
+
+
+@pytest.fixture(params=["sim", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.timeout(300)])])
+def address(request: pytest.FixtureRequest) -> str:
+    """The same promises hold for both engines."""
+    return str(request.getfixturevalue(f"{request.param}_address"))
+
+
+@contextmanager
+def worker_process(folder: Path, backend: str, *arguments: str) -> Iterator[str]:
+    """HOST:PORT of a worker process, once it says that it is ready."""
+    config = folder / "tidegate.toml"
+    config.write_text(SETTINGS)
+    command = [sys.executable, "-m", "engine", "--backend", backend, "--port", "0", "--config", str(config), *arguments]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        said = []
+        try:
+            for line in process.stderr:
+                said.append(line)
+                if "worker-1: " in line:
+                    break
+            else:
+                pytest.fail(f"the {backend} worker did not start:\n{''.join(said)}")
+            # What it says from now on must not fill the pipe.
+            threading.Thread(target=process.stderr.read, daemon=True).start()
+            yield line.strip().rsplit(", ", 1)[1]
+        finally:
+            process.terminate()
+            process.wait()
+
+
+@pytest.fixture
+async def worker() -> AsyncIterator[Running]:
+    """A worker in this process; its simulated engine makes a step of all sequences every 2 ms."""
+    settings = EngineSettings(backend="sim", port=0, profile="test", max_num_seqs=64, drain_s=5.0)
+    async with running_worker(settings, SimBackend(settings)) as running:
+        yield running

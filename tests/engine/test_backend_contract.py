@@ -1,0 +1,218 @@
+"""What every backend promises, asked over a real Session."""
+
+from __future__ import annotations
+
+import asyncio
+
+from protos.core.contract import ChatPrompt, FailureKind, TextPrompt, TokenPrompt
+from tests.engine.conftest import CONTEXT_TOKENS
+from tests.engine.peer import Answer, connect, submit
+
+CHAT = ChatPrompt(b'[{"role": "user", "content": "Tell me about the sea."}]')
+
+
+async def ask_one(address: str, prompt: object = None, **sampling: object) -> Answer:
+    async with connect(address) as peer:
+        (answer,) = await peer.ask(submit(1, prompt, **sampling))
+    return answer
+
+
+async def test_answer_is_accepted_started_told_and_finished(address: str) -> None:
+    answer = await ask_one(address, CHAT, max_tokens=8, ignore_eos=True)
+    assert answer.is_accepted
+    assert answer.started is not None
+    assert answer.finished is not None
+    assert answer.finished.reasons == ("length",)
+    assert answer.finished.output_tokens == len(answer.token_ids[0]) == 8
+    assert answer.finished.prompt_tokens == answer.started.prompt_tokens > 0
+    assert len(answer.text) > 8
+
+
+async def test_stamps_are_in_order_on_the_clock_of_the_worker(address: str) -> None:
+    answer = await ask_one(address, max_tokens=4, ignore_eos=True)
+    assert answer.finished is not None
+    assert answer.started is not None
+    stamps = answer.finished.stamps
+    order = [stamps.received_ns, stamps.queued_ns, stamps.scheduled_ns, stamps.first_token_ns, stamps.last_token_ns]
+    assert order == sorted(order)
+    assert 0 < stamps.last_token_ns - stamps.received_ns < 60e9
+    assert answer.started.stamps.first_token_ns == stamps.first_token_ns
+    assert answer.accepted_ns == stamps.received_ns
+
+
+async def test_greedy_answers_are_the_same_each_time(address: str) -> None:
+    first, second = [await ask_one(address, CHAT, max_tokens=8, temperature=0.0) for _ in range(2)]
+    assert first.text == second.text
+    assert first.token_ids == second.token_ids
+
+
+async def test_seed_decides_a_sampled_answer(address: str) -> None:
+    sampling = {"max_tokens": 12, "temperature": 1.0, "ignore_eos": True}
+    first = await ask_one(address, CHAT, seed=7, **sampling)
+    again = await ask_one(address, CHAT, seed=7, **sampling)
+    other = await ask_one(address, CHAT, seed=8, **sampling)
+    assert first.text == again.text != other.text
+
+
+async def test_choices_are_told_apart_and_end_together(address: str) -> None:
+    answer = await ask_one(address, CHAT, n=3, max_tokens=6, temperature=1.0, ignore_eos=True)
+    assert answer.finished is not None
+    assert answer.finished.reasons == ("length",) * 3
+    assert answer.finished.output_tokens == 18
+    assert [len(answer.token_ids[choice]) for choice in range(3)] == [6, 6, 6]
+    assert len(set(answer.texts.values())) > 1
+
+
+async def test_text_ends_before_a_stop_string(address: str) -> None:
+    whole = (await ask_one(address, CHAT, max_tokens=24, temperature=0.0, ignore_eos=True)).text
+    stop = whole.split()[3]
+    cut = await ask_one(address, CHAT, max_tokens=24, temperature=0.0, ignore_eos=True, stop=(stop,))
+    kept = await ask_one(
+        address, CHAT, max_tokens=24, temperature=0.0, ignore_eos=True, stop=(stop,), include_stop_in_output=True
+    )
+    assert cut.finished is not None
+    assert cut.finished.reasons == ("stop",)
+    assert cut.text == whole[: whole.index(stop)]
+    assert kept.text == whole[: whole.index(stop) + len(stop)]
+
+
+async def test_stop_token_ends_the_answer(address: str) -> None:
+    sampling = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    whole = await ask_one(address, CHAT, **sampling)
+    stop = whole.token_ids[0][5]
+    answer = await ask_one(address, CHAT, stop_token_ids=(stop,), **sampling)
+    assert answer.finished is not None
+    assert answer.finished.reasons == ("stop",)
+    assert answer.token_ids[0] == whole.token_ids[0][: whole.token_ids[0].index(stop) + 1]
+
+
+async def test_logprobs_come_one_per_token_with_alternatives(address: str) -> None:
+    answer = await ask_one(address, CHAT, max_tokens=5, ignore_eos=True, logprobs=3)
+    assert len(answer.logprobs) == 5
+    for logprob in answer.logprobs:
+        assert logprob.logprob <= 0
+        assert len(logprob.top) >= 3
+        assert logprob.token_bytes == logprob.token.encode()
+    own = await ask_one(address, CHAT, max_tokens=2, ignore_eos=True, logprobs=0)
+    assert len(own.logprobs) == 2
+
+
+async def test_answer_without_max_tokens_may_fill_the_context(address: str) -> None:
+    prompt = TokenPrompt((100,) * (CONTEXT_TOKENS - 9))
+    answer = await ask_one(address, prompt, ignore_eos=True)
+    assert answer.finished is not None
+    assert answer.finished.prompt_tokens == CONTEXT_TOKENS - 9
+    assert answer.finished.output_tokens == 9
+    assert answer.finished.reasons == ("length",)
+
+
+async def test_prompt_over_the_context_is_refused_with_its_name(address: str) -> None:
+    text = await ask_one(address, TextPrompt("water " * 4 * CONTEXT_TOKENS), max_tokens=1)
+    tokens = await ask_one(address, TokenPrompt((100,) * CONTEXT_TOKENS), max_tokens=1)
+    chat = ChatPrompt(b'[{"role": "user", "content": "%s"}]' % (b"water " * 4 * CONTEXT_TOKENS))
+    messages = await ask_one(address, chat)
+    for answer, param in ((text, "prompt"), (tokens, "prompt"), (messages, "messages")):
+        assert answer.failed is not None
+        assert answer.failed.kind == FailureKind.CONTEXT_EXCEEDED
+        assert answer.failed.param == param
+        assert str(CONTEXT_TOKENS) in answer.failed.message
+
+
+async def test_max_tokens_over_the_context_is_refused_by_name(address: str) -> None:
+    answer = await ask_one(address, max_tokens=CONTEXT_TOKENS)
+    assert answer.failed is not None
+    assert answer.failed.kind == FailureKind.CONTEXT_EXCEEDED
+    assert answer.failed.param == "max_tokens"
+
+
+async def test_prompts_with_nothing_in_them_are_invalid(address: str) -> None:
+    for prompt, param in (
+        (TextPrompt(""), "prompt"),
+        (TokenPrompt(()), "prompt"),
+        (ChatPrompt(b"[]"), "messages"),
+        (ChatPrompt(b"not json"), "messages"),
+        (ChatPrompt(b'[{"content": "hi"}]'), "messages"),
+        (ChatPrompt(b'[{"role": "user", "content": 5}]'), "messages"),
+        (ChatPrompt(b'[{"role": "user", "content": "\xff"}]'), "messages"),
+    ):
+        async with connect(address) as peer:
+            (answer,) = await peer.ask(submit(1, prompt, max_tokens=1))
+        assert answer.failed is not None, prompt
+        assert answer.failed.kind == FailureKind.INVALID
+        assert answer.failed.param == param
+
+
+async def test_unknown_model_is_named(address: str) -> None:
+    async with connect(address) as peer:
+        (answer,) = await peer.ask(submit(1, model="gpt-9"))
+    assert answer.failed is not None
+    assert answer.failed.kind == FailureKind.UNKNOWN_MODEL
+    assert "gpt-9" in answer.failed.message
+
+
+async def test_cancelled_request_ends_once_and_frees_the_engine(address: str) -> None:
+    async with connect(address) as peer:
+        answers = await peer.submit(*(submit(slot, max_tokens=400, ignore_eos=True) for slot in range(8)))
+        await peer.until(lambda: all(answer.deltas for answer in answers))
+        await peer.send(cancels=range(8))
+        for answer in answers:
+            await answer.done.wait()
+            assert answer.finished is not None
+            assert answer.finished.reasons == ("cancelled",)
+            assert 0 < answer.finished.output_tokens < 400
+        await peer.until(lambda: is_idle(peer))
+
+
+async def test_request_cancelled_at_once_ends_as_cancelled(address: str) -> None:
+    async with connect(address) as peer:
+        answers = [submit(slot, max_tokens=400, ignore_eos=True) for slot in range(4)]
+        peer.expect(*answers)
+        await peer.send(submits=answers, cancels=range(4))
+        for answer in peer.answers.values():
+            await answer.done.wait()
+            assert answer.finished is not None
+            assert answer.finished.reasons == ("cancelled",)
+        await peer.until(lambda: is_idle(peer))
+
+
+async def test_lost_session_aborts_its_requests_and_no_others(address: str) -> None:
+    async with connect(address) as watcher:
+        async with connect(address) as leaver:
+            answers = await leaver.submit(*(submit(slot, max_tokens=400, ignore_eos=True) for slot in range(4)))
+            await leaver.until(lambda: all(answer.deltas for answer in answers))
+            (kept,) = await watcher.submit(submit(1, max_tokens=40, ignore_eos=True))
+        await kept.done.wait()
+        assert kept.finished is not None
+        assert kept.finished.reasons == ("length",)
+        await watcher.until(lambda: is_idle(watcher))
+
+
+async def test_requests_that_run_together_share_frames(address: str) -> None:
+    async with connect(address) as peer:
+        answers = await peer.ask(*(submit(slot, max_tokens=24, ignore_eos=True) for slot in range(12)))
+        rows = [len(frame.deltas.slots) for frame in peer.frames if frame.deltas is not None]
+        assert sum(rows) == 12 * 24
+        assert sum(count == 12 for count in rows) >= 12
+        assert all(answer.finished is not None for answer in answers)
+        assert all(frame.load is not None for frame in peer.frames[1:])
+        steps = [frame.step for frame in peer.frames if frame.deltas is not None]
+        assert steps == list(range(1, len(steps) + 1))
+
+
+async def test_load_counts_what_runs_and_what_waits(address: str) -> None:
+    async with connect(address) as peer:
+        answers = await peer.submit(*(submit(slot, max_tokens=200, ignore_eos=True) for slot in range(20)))
+        await peer.until(lambda: any(load.running == 16 and load.waiting == 4 for load in loads(peer)))
+        await peer.until(lambda: any(load.kv_blocks_used >= 16 for load in loads(peer)))
+        assert all(load.kv_blocks_total > 0 for load in loads(peer))
+        await peer.send(cancels=range(20))
+        await asyncio.gather(*(answer.done.wait() for answer in answers))
+
+
+def loads(peer):  # type: ignore[no-untyped-def]
+    return [frame.load for frame in peer.frames[1:]]
+
+
+def is_idle(peer) -> bool:  # type: ignore[no-untyped-def]
+    load = peer.frames[-1].load
+    return load is not None and (load.running, load.waiting, load.kv_blocks_used) == (0, 0, 0)
