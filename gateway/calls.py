@@ -65,7 +65,8 @@ class ChatBody(_SamplingFields, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    chat_template_kwargs: msgspec.Raw | None = None
+    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
+    """Empty where absent; msgspec takes `Raw | None` for None."""
 
     tools: list[Any] | None = None
     tool_choice: Any = None
@@ -155,6 +156,8 @@ def parse_generate(body: bytes) -> Call | InvalidRequest:
 
 def _guarded(parse: Callable[[bytes], Call], body: bytes) -> Call | InvalidRequest:
     try:
+        if not body.isascii():
+            body.decode()  # msgspec checks only the strings that it keeps; workers and captures read all of them
         return parse(body)
     except InvalidRequest as error:
         return error
@@ -191,8 +194,10 @@ def _parse_chat(body: bytes) -> Call:
         raise _unsupported("modalities")
     if chat.top_logprobs is not None and not chat.logprobs:
         raise InvalidRequest("top_logprobs: needs logprobs to be true", param="top_logprobs")
-    template_kwargs = b""
-    if chat.chat_template_kwargs is not None and (template_kwargs := bytes(chat.chat_template_kwargs)) != b"null":
+    template_kwargs = bytes(chat.chat_template_kwargs)
+    if template_kwargs == b"null":
+        template_kwargs = b""
+    if template_kwargs:
         _decode_field(_kwargs_decoder, template_kwargs, "chat_template_kwargs")
     return _call(
         chat,
