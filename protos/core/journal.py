@@ -11,6 +11,7 @@ dies loses at most its last second, and a file cut anywhere is read up to the cu
 from __future__ import annotations
 
 import collections
+import contextlib
 import hashlib
 import os
 import threading
@@ -172,27 +173,42 @@ class JournalWriter(Generic[T]):
         self._finish()
 
     def _drain(self) -> None:
-        """Write and flush all that is queued now."""
+        """Write all that is queued, and flush it, also while more keeps coming."""
+        flush_at = time.monotonic() + FLUSH_SECONDS
         while self._queue:
             item, size = self._queue.popleft()
             self._bytes_out += size
             self._write(item)
+            if time.monotonic() >= flush_at:
+                self._flush()
+                flush_at = time.monotonic() + FLUSH_SECONDS
+        self._flush()
+
+    def _flush(self) -> None:
         self._note_drops()
         if self._segment is not None:
             self._guard(self._segment.flush)
 
     def _write(self, item: T) -> None:
         segment = self._open_segment()
-        if segment is None:
+        data = None if segment is None else self._encoded(item)
+        if segment is None or data is None:
             self._dropped_at_disk += 1
             return
-        line = _encoder.encode(Entry(self._manifest.entries, msgspec.Raw(self._encode(item))))
+        line = _encoder.encode(Entry(self._manifest.entries, msgspec.Raw(data)))
         if not self._guard(lambda: segment.write_entry(line)):
             self._dropped_at_disk += 1
             return
         self._manifest.entries += 1
         if segment.compressed_bytes >= self._segment_bytes:
             self._close_segment()
+
+    def _encoded(self, item: T) -> bytes | None:
+        try:
+            return self._encode(item)
+        except Exception as error:  # one odd item must not end the recording of all others
+            self._last_error = f"{type(error).__name__}: {error}"
+            return None
 
     def _open_segment(self) -> _Segment | None:
         if self._segment is None and (time.monotonic() >= self._retry_at or self._closing.is_set()):
@@ -207,15 +223,15 @@ class JournalWriter(Generic[T]):
         self._segment = _Segment(path, manifest.entries, _encoder.encode(head))
 
     def _close_segment(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            self._guard(lambda: self._manifest.segments.append(segment.close(self._dropped)))
-        self._guard(self._write_manifest)
+        segment = self._segment
+        if segment is not None and self._guard(lambda: self._manifest.segments.append(segment.close(self._dropped))):
+            self._segment = None
+        self._save_manifest()
 
     def _finish(self) -> None:
         self._close_segment()
         self._manifest.is_closed = True
-        self._guard(self._write_manifest)
+        self._save_manifest()
 
     def _note_drops(self) -> None:
         new = self._dropped - self._dropped_noted
@@ -224,7 +240,7 @@ class JournalWriter(Generic[T]):
             line = _encoder.encode(Drop(new))
             if self._guard(lambda: segment.write_line(line)):
                 self._dropped_noted += new
-                self._guard(self._write_manifest)
+                self._save_manifest()
 
     def _guard(self, action: Callable[[], object]) -> bool:
         """Do disk work. A full or broken disk ends the segment as it is; a new one is tried after a second."""
@@ -241,6 +257,13 @@ class JournalWriter(Generic[T]):
                 self._segment = None
             return False
         return True
+
+    def _save_manifest(self) -> None:
+        """A manifest that is behind is bad, but no reason to end a segment: it is tried again at the next change."""
+        try:
+            self._write_manifest()
+        except OSError as error:
+            self._last_error = f"{error.strerror}: {self.directory}"
 
     def _write_manifest(self) -> None:
         self._manifest.dropped = self._dropped
@@ -259,12 +282,18 @@ class _Segment:
         self.entries = 0
         self.unflushed = 0
         self.compressed_bytes = 0
+        self._flushed_bytes = 0
         self._file: BinaryIO = path.open("xb", buffering=0)
         self._compressor = zstandard.ZstdCompressor(level=3, write_checksum=True).compressobj()
         self._hash = hashlib.sha256()
         self._dirty = False
-        self.write_line(head)
-        self.flush()
+        try:
+            self.write_line(head)
+            self.flush()
+        except OSError:
+            self._file.close()
+            path.unlink()
+            raise
 
     def write_entry(self, line: bytes) -> None:
         self.entries += 1
@@ -285,8 +314,10 @@ class _Segment:
             self._put(self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK))
             self._dirty = False
         self.unflushed = 0
+        self._flushed_bytes = self.compressed_bytes
 
     def close(self, dropped: int) -> SegmentInfo:
+        self.flush()
         self.write_line(_encoder.encode(End(self.entries, dropped)))
         self._put(self._compressor.flush(zstandard.COMPRESSOBJ_FLUSH_FINISH))
         os.fsync(self._file.fileno())
@@ -300,7 +331,12 @@ class _Segment:
         )
 
     def abandon(self) -> int:
-        """Leave the file cut as it is; returns how many entries were never flushed and so are lost."""
+        """Cut the file after the last flush; returns how many entries are lost by that.
+
+        Without the cut a part of them might be readable, under numbers that are given again.
+        """
+        with contextlib.suppress(OSError):
+            self._file.truncate(self._flushed_bytes)
         self._file.close()
         return self.unflushed
 
