@@ -99,7 +99,7 @@ def _merge(
     for key, value in given.items():
         origins[f"{at}{key}"] = origin
         if isinstance(value, dict):
-            _merge(values.setdefault(key, {}), value, origins, origin, f"{at}{key}.")
+            _merge(_nested(values, key), value, origins, origin, f"{at}{key}.")
         else:
             values[key] = value
 
@@ -107,8 +107,16 @@ def _merge(
 def _assign(values: dict[str, Any], path: str, value: Any) -> None:
     *parents, key = path.split(".")
     for parent in parents:
-        values = values.setdefault(parent, {})
+        values = _nested(values, parent)
     values[key] = value
+
+
+def _nested(values: dict[str, Any], key: str) -> dict[str, Any]:
+    """The section under `key`; a plain value that an earlier source put there gives way to it."""
+    if not isinstance(values.get(key), dict):
+        values[key] = {}
+    nested: dict[str, Any] = values[key]
+    return nested
 
 
 def _check_keys(
