@@ -21,6 +21,7 @@ from protos.core.errors import ConfigError
 TICK_S = 0.2
 PROBE_READY_NS = 1_000_000_000
 LAST_WORDS = 3
+STARTING_PATIENCE_S = 2.0
 
 
 class Child(Protocol):
@@ -104,18 +105,21 @@ class Stack:
     def stop(self, drain_s: float, is_hurried: Callable[[], bool]) -> None:
         """Drain part by part. After `drain_s` for one of them, or as soon as `is_hurried()`, kill what is left."""
         for part in self.parts:
+            # What never became ready has nothing to drain, and may be deep in loading a model.
+            patience_s = drain_s if part.life.state in (State.READY, State.SILENT) else min(drain_s, STARTING_PATIENCE_S)
             part.is_stopping = True
             part.child.terminate()
-            deadline_ns = self._clock.mono_ns() + int(drain_s * 1e9)
-            while part.child.pid is not None and part.child.exit_code() is None:
-                if is_hurried():
-                    break
-                if self._clock.mono_ns() > deadline_ns:
-                    self._listener.event(f"{part.name} did not end within {drain_s:.0f} s: killing it")
-                    break
-                self._show()
-                time.sleep(TICK_S)
+            self._await_end(part, patience_s, is_hurried)
             part.child.kill()
+
+    def _await_end(self, part: Part, patience_s: float, is_hurried: Callable[[], bool]) -> None:
+        deadline_ns = self._clock.mono_ns() + int(patience_s * 1e9)
+        while part.child.pid is not None and part.child.exit_code() is None and not is_hurried():
+            if self._clock.mono_ns() > deadline_ns:
+                self._listener.event(f"{part.name} did not end within {patience_s:.0f} s: killing it")
+                return
+            self._show()
+            time.sleep(TICK_S)
 
     def kill(self) -> None:
         """Leave nothing behind, at once. Safe to call again."""

@@ -8,7 +8,7 @@ from openai.types.chat import ChatCompletionChunk
 
 from tests.e2e.conftest import Up, wait_until
 
-pytestmark = [pytest.mark.vllm, pytest.mark.timeout(180)]
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(300)]
 MODEL = "SmolLM2-135M-Instruct"
 QUESTION: list[openai.types.chat.ChatCompletionMessageParam] = [
     {"role": "user", "content": "What is the capital of France?"}
