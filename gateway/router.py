@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 import msgspec
 
@@ -23,11 +23,11 @@ class Worker(msgspec.Struct, kw_only=True):
         return 0 if self.is_draining else self.model.max_sequences - ledger.sequences_on(self.name)
 
 
-def choose(workers: Iterable[Worker], ledger: Ledger, sequences: int, avoid: str | None = None) -> Worker | None:
+def choose(workers: Iterable[Worker], ledger: Ledger, sequences: int, avoid: Collection[str] = ()) -> Worker | None:
     """The worker with the smallest share of its slots in use; None when none has room for `sequences`.
 
-    A request larger than a whole worker is sent to one that is empty. `avoid` is the worker of a failed attempt: it is
-    taken only when it is the only one.
+    A request larger than a whole worker is sent to one that is empty. `avoid` are the workers of failed attempts:
+    one of them is taken only when there is no other.
     """
     best: tuple[bool, float, str] | None = None
     chosen: Worker | None = None
@@ -35,7 +35,7 @@ def choose(workers: Iterable[Worker], ledger: Ledger, sequences: int, avoid: str
         room = worker.room(ledger)
         if room < sequences and not (room > 0 and room == worker.model.max_sequences):
             continue
-        rank = (worker.name == avoid, 1 - room / worker.model.max_sequences, worker.name)
+        rank = (worker.name in avoid, 1 - room / worker.model.max_sequences, worker.name)
         if best is None or rank < best:
             best, chosen = rank, worker
     return chosen

@@ -26,8 +26,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     tokens: int
     size_bytes: int
     deadline_ns: int
-    avoid: str | None = None
-    """The worker of a failed attempt."""
+    avoid: tuple[str, ...] = ()
+    """The workers of failed attempts."""
 
 
 class Placement(msgspec.Struct, frozen=True):
