@@ -82,11 +82,14 @@ class Exchange:
         self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
         self.output_tokens = 0
+        self.is_deaf = False
+        """Nothing more goes to the client."""
+        self.watcher: asyncio.Task[None] | None = None
+        """Signals Gone when the client leaves."""
         self._keeps_output = keeps_output
         self._first_token_ns = 0
         self._last_delta_ns = 0
         self._max_gap_ns = 0
-        self._is_deaf = False
         self._withheld: list[Row] = []
         self._preface = b""
         """Start of a stream's body that the socket has not taken yet."""
@@ -111,7 +114,18 @@ class Exchange:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    @property
+    def has_left(self) -> bool:
+        """The client went away, and the pipeline has not acted on it."""
+        return any(isinstance(event, Gone) for event in self._events)
+
     # -- the request
+
+    def close(self) -> None:
+        """Its task ends: nothing of it outlives it."""
+        if self.watcher is not None:
+            self.watcher.cancel()
+        self.outlet.close()
 
     def prepare(self, call: Call, model: str, answer: Answer) -> None:
         self.call = call
@@ -124,7 +138,7 @@ class Exchange:
         timeline.forget_engine()
         timeline.dispatched_ns = now_ns
         self.worker, self.worker_model = worker, model
-        self._is_deaf = False
+        self.is_deaf = False
 
     def end_attempt(self, now_ns: int, error: str | None) -> None:
         assert self.worker is not None
@@ -133,7 +147,7 @@ class Exchange:
 
     def stop_listening(self) -> None:
         """Nothing more goes to the client; the worker's last words still count for the record."""
-        self._is_deaf = True
+        self.is_deaf = True
         self._withheld.clear()
 
     @property
@@ -159,7 +173,7 @@ class Exchange:
     def delta(
         self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
     ) -> None:
-        if self._is_deaf:
+        if self.is_deaf:
             return
         self.output_tokens += token_count
         if self._last_delta_ns:

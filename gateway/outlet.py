@@ -23,13 +23,24 @@ Headers = list[tuple[bytes, bytes]]
 class Outlet:
     """Owned by one request. `on_drained` is called when a full socket takes data again."""
 
-    __slots__ = ("_clock_ns", "_drainer", "_send", "_tasks", "blocked_ns", "is_blocked", "is_started", "on_drained")
+    __slots__ = (
+        "_blocked_since_ns",
+        "_clock_ns",
+        "_drainer",
+        "_send",
+        "_tasks",
+        "blocked_ns",
+        "is_blocked",
+        "is_started",
+        "on_drained",
+    )
 
     def __init__(self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int]) -> None:
         self._send = send
         self._tasks = tasks
         self._clock_ns = clock_ns
         self._drainer: asyncio.Task[None] | None = None
+        self._blocked_since_ns = 0
         self.is_started = False
         self.is_blocked = False
         self.blocked_ns = 0
@@ -50,16 +61,15 @@ class Outlet:
         while self._drainer is not None and self.is_blocked:
             await asyncio.wait([self._drainer])
 
-    async def finish(self, data: bytes = b"") -> None:
-        """Write the last part of the body; waits while the socket is full."""
-        await self._send({"type": "http.response.body", "body": data, "more_body": False})
+    def finish(self, data: bytes = b"") -> None:
+        """Write the last part of the body. Not while `is_blocked`."""
+        self._run({"type": "http.response.body", "body": data, "more_body": False})
 
-    async def answer(self, status: int, headers: Headers, body: bytes) -> None:
-        """A whole response at once."""
-        self.is_started = True
-        headers = [*headers, (b"content-length", b"%d" % len(body))]
-        await self._send({"type": "http.response.start", "status": status, "headers": headers})
-        await self.finish(body)
+    def close(self) -> None:
+        """The request has ended: what the socket has not taken by now is given up."""
+        if self._drainer is not None and not self._drainer.done():
+            self._drainer.cancel()
+            self._note_unblocked()
 
     def _run(self, message: dict[str, Any]) -> None:
         assert not self.is_blocked, "the socket is full"
@@ -70,18 +80,20 @@ class Outlet:
         except StopIteration:
             return
         self.is_blocked = True
+        self._blocked_since_ns = self._clock_ns()
         self._drainer = self._tasks.create_task(self._drain(coroutine, suspension))
 
     async def _drain(self, coroutine: Coroutine[Any, Any, None], suspension: Any) -> None:
-        since_ns = self._clock_ns()
         try:
             await _resume(coroutine, suspension)
         except OSError as error:
             log.info("client left: %s", error)  # `receive` tells the pipeline
-        finally:
-            self.blocked_ns += self._clock_ns() - since_ns
-            self.is_blocked = False
+        self._note_unblocked()
         self.on_drained()
+
+    def _note_unblocked(self) -> None:
+        self.blocked_ns += self._clock_ns() - self._blocked_since_ns
+        self.is_blocked = False
 
 
 @types.coroutine

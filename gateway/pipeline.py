@@ -44,6 +44,8 @@ NewAnswer = Callable[..., Answer]
 End = Finished | RequestError | Gone
 
 BODY_SECONDS = 30.0
+END_SECONDS = 5.0
+"""A client whose socket is full gets at least this long to take the end of its answer."""
 
 
 class Endpoint:
@@ -117,6 +119,7 @@ class Pipeline:
             exchange.outcome, exchange.status = Outcome.FAILED, 500
             raise
         finally:
+            exchange.close()
             self._settle(exchange)
 
     async def _run(self, exchange: Exchange, endpoint: Endpoint, receive: Receive, headers: Headers) -> End:
@@ -133,15 +136,12 @@ class Pipeline:
         refusal = self._admit(exchange, call, endpoint)
         if refusal is not None:
             return refusal
-        watcher = self._tasks.create_task(_watch(receive, exchange))
-        try:
-            return await self._queue_and_attempt(exchange, call)
-        finally:
-            watcher.cancel()
+        exchange.watcher = self._tasks.create_task(_watch(receive, exchange))
+        return await self._queue_and_attempt(exchange, call)
 
     async def _queue_and_attempt(self, exchange: Exchange, call: Call) -> End:
         """Wait for a worker and run there; once more elsewhere when an attempt fails before its first token."""
-        avoid = None
+        avoid: tuple[str, ...] = ()
         for attempt in itertools.count(1):
             placed = await self._queue(exchange, call, avoid)
             if not isinstance(placed, Placed):
@@ -149,7 +149,7 @@ class Pipeline:
             end = await self._attempt(exchange, call, placed)
             if not _is_retryable(end) or exchange.has_output or attempt >= self._limits.attempts:
                 return self._translate(end, exchange)
-            avoid = placed.worker
+            avoid = (*avoid, placed.worker)
         raise AssertionError("unreachable")
 
     # -- receive
@@ -159,13 +159,9 @@ class Pipeline:
         limit = self._limits.body_bytes
         if _content_length(headers) > limit:
             return _too_large(limit)
-        message = await receive()
-        if message["type"] == "http.request" and not message.get("more_body", False):
-            body = bytes(message["body"])
-            return body if len(body) <= limit else _too_large(limit)
         try:
             async with asyncio.timeout(BODY_SECONDS):
-                return await _receive_parts(message, receive, limit)
+                return await _receive_parts(receive, limit)
         except TimeoutError:
             return BodyTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s")
 
@@ -192,7 +188,7 @@ class Pipeline:
 
     # -- queue
 
-    async def _queue(self, exchange: Exchange, call: Call, avoid: str | None) -> Placed | RequestError | Gone:
+    async def _queue(self, exchange: Exchange, call: Call, avoid: tuple[str, ...]) -> Placed | RequestError | Gone:
         limits, number = self._limits, exchange.number
         deadline_ns = exchange.timeline.arrived_ns + int(limits.first_token_s * 1e9)
         self._scheduler.enqueue(
@@ -205,11 +201,11 @@ class Pipeline:
                 deadline_ns=deadline_ns,
                 avoid=avoid,
             ),
-            at_front=avoid is not None,
+            at_front=bool(avoid),
         )
         self._place_waiting()
         self._arm_expiry()
-        if avoid is not None and not self._scheduler.is_served(exchange.model):
+        if avoid and not self._scheduler.is_served(exchange.model):
             exchange.signal(Unplaceable())
         event: Event | None = None
         try:
@@ -295,8 +291,9 @@ class Pipeline:
                 upstream.cancel(slot)
                 await _worker_end(exchange)
         except asyncio.CancelledError:
-            exchange.stop_listening()
-            upstream.cancel(slot)
+            if not exchange.is_deaf:
+                exchange.stop_listening()
+                upstream.cancel(slot)
             raise
         finally:
             timer.cancel()
@@ -341,8 +338,7 @@ class Pipeline:
         """Tell the client how it ended, and stamp the end."""
         match end:
             case Finished():
-                await self._finish(exchange, end)
-                exchange.outcome = Outcome.FINISHED
+                exchange.outcome = await self._finish(exchange, end) or Outcome.FINISHED
             case Gone():
                 exchange.outcome = Outcome.CANCELLED
             case RequestError():
@@ -352,7 +348,8 @@ class Pipeline:
         if not exchange.ended_ns:
             exchange.ended_ns = self._clock.mono_ns()
 
-    async def _finish(self, exchange: Exchange, finished: Finished) -> None:
+    async def _finish(self, exchange: Exchange, finished: Finished) -> Outcome | None:
+        """Write the answer's end; returns another outcome where the client did not take it."""
         answer, outlet, call = exchange.answer, exchange.outlet, exchange.call
         assert answer is not None
         assert call is not None
@@ -361,25 +358,48 @@ class Pipeline:
             if not outlet.is_started:
                 exchange.start_stream()
             usage = exchange.usage if call.wants_usage else None
-            tail = answer.tail(finished.reasons, usage, timing)
-            await outlet.unblocked()
-            await outlet.finish(exchange.take_withheld() + tail)
-            return
+            return await self._write_last(exchange, answer.tail(finished.reasons, usage, timing))
         for choice, reason in zip(exchange.choices, finished.reasons, strict=True):
             choice.finish_reason = reason
         exchange.status = 200
         body = answer.whole(exchange.choices, exchange.usage, timing)
-        await outlet.answer(200, [*JSON_HEADERS, *exchange.response_headers()], body)
+        outlet.start(200, [*JSON_HEADERS, *exchange.response_headers(), _length(body)])
+        return await self._write_last(exchange, body)
 
     async def _tell_error(self, exchange: Exchange, error: RequestError) -> None:
         outlet = exchange.outlet
         if outlet.is_started:
-            await outlet.unblocked()
-            await outlet.finish(exchange.take_withheld() + error_event(error))
+            await self._write_last(exchange, error_event(error))
             return
+        body = render_error(error)
         exchange.status = error.http_status
-        headers = [*JSON_HEADERS, *exchange.response_headers(), *_error_headers(error)]
-        await outlet.answer(error.http_status, headers, render_error(error))
+        outlet.start(
+            error.http_status, [*JSON_HEADERS, *exchange.response_headers(), *_error_headers(error), _length(body)]
+        )
+        await self._write_last(exchange, body)
+
+    async def _write_last(self, exchange: Exchange, data: bytes) -> Outcome | None:
+        """Write the end of the body after what still waits for the socket; returns why the client did not take it."""
+        outlet = exchange.outlet
+        was_blocked = outlet.is_blocked
+        try:
+            if was_blocked:
+                await self._unblocked(exchange)
+            outlet.finish(exchange.take_withheld() + data)
+            if outlet.is_blocked:
+                was_blocked = True
+                await self._unblocked(exchange)
+        except TimeoutError:
+            exchange.error = exchange.error or DeadlineExceeded("the client did not take its answer in time")
+            return Outcome.TIMED_OUT
+        return Outcome.CANCELLED if was_blocked and exchange.has_left else None
+
+    async def _unblocked(self, exchange: Exchange) -> None:
+        """Wait until the client's socket takes data; raises TimeoutError when the request's time is over."""
+        deadline_ns = exchange.timeline.arrived_ns + int(self._limits.total_s * 1e9)
+        left_s = (deadline_ns - self._clock.mono_ns()) / 1e9
+        async with asyncio.timeout(max(left_s, END_SECONDS)):
+            await exchange.outlet.unblocked()
 
     def _settle(self, exchange: Exchange) -> None:
         if not exchange.ended_ns:  # cancelled by a server that is being stopped
@@ -429,9 +449,10 @@ async def _worker_end(exchange: Exchange) -> None:
         pass
 
 
-async def _receive_parts(message: dict[str, Any], receive: Receive, limit: int) -> bytes | RequestError | Gone:
+async def _receive_parts(receive: Receive, limit: int) -> bytes | RequestError | Gone:
     parts = bytearray()
     while True:
+        message = await receive()
         if message["type"] == "http.disconnect":
             return Gone()
         parts += message["body"]
@@ -439,7 +460,6 @@ async def _receive_parts(message: dict[str, Any], receive: Receive, limit: int) 
             return _too_large(limit)
         if not message.get("more_body", False):
             return bytes(parts)
-        message = await receive()
 
 
 def _content_length(headers: Headers) -> int:
@@ -501,6 +521,10 @@ def _outcome(error: RequestError) -> Outcome:
             return Outcome.FAILED
         case _:
             return Outcome.REJECTED
+
+
+def _length(body: bytes) -> tuple[bytes, bytes]:
+    return (b"content-length", b"%d" % len(body))
 
 
 def _error_headers(error: RequestError) -> Headers:
