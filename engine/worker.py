@@ -57,8 +57,11 @@ class Worker:
         """Drain, then end `run`."""
         self._stop.set()
 
-    async def open(self) -> ModelInfo:
-        """Bind the port, then load the model: until `run`, health says NOT_SERVING. Raises ConfigError."""
+    async def open(self) -> ModelInfo | None:
+        """Bind the port, then load the model: until `run`, health says NOT_SERVING.
+
+        None where `stop` was called meanwhile. Raises ConfigError.
+        """
         self._server.add_generic_rpc_handlers((self._servicer.handlers(),))
         health_pb2_grpc.add_HealthServicer_to_server(self._health, self._server)
         services = (wire.SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME)
@@ -66,7 +69,14 @@ class Worker:
         await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
         self.port = self._bind()
         await self._server.start()
-        return await self._backend.start()
+        loading = asyncio.ensure_future(self._backend.start())
+        stopping = asyncio.ensure_future(self._stop.wait())
+        try:
+            await asyncio.wait([loading, stopping], return_when=asyncio.FIRST_COMPLETED)
+            return loading.result() if loading.done() else None
+        finally:
+            loading.cancel()
+            stopping.cancel()
 
     async def run(self, model: ModelInfo) -> int:
         """Serve until `stop` or until the engine dies. Returns the exit status."""
@@ -130,6 +140,8 @@ async def serve(settings: EngineSettings, backend: Backend) -> int:
         asyncio.get_running_loop().add_signal_handler(number, _stop_once, worker)
     try:
         model = await worker.open()
+        if model is None:
+            return 0
         _log.warning("%s", ready_line(settings, model, worker.port))
         return await worker.run(model)
     finally:

@@ -8,6 +8,7 @@ in one frame.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import difflib
 import itertools
@@ -17,6 +18,7 @@ import re
 from typing import Any
 
 import msgspec
+import psutil
 
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
@@ -104,6 +106,7 @@ class VllmBackend:
         self._settings = settings
         self._source = source
         self._engine: Any = None
+        self._loading: asyncio.Future[Any] | None = None
         self._recorder = LoadRecorder()
         self._requests: set[_Request] = set()
         self._tasks = asyncio.TaskGroup()
@@ -113,7 +116,8 @@ class VllmBackend:
 
     async def start(self) -> ModelInfo:
         _set_environment(self._settings)
-        self._engine = await asyncio.to_thread(self._make_engine)
+        self._loading = asyncio.get_running_loop().run_in_executor(None, self._make_engine)
+        self._engine = await asyncio.shield(self._loading)
         config = self._engine.vllm_config
         self._context_tokens = config.model_config.max_model_len
         self._sampling_defaults = config.model_config.get_diff_sampling_param()
@@ -133,7 +137,7 @@ class VllmBackend:
         return cancel
 
     def load(self) -> Load:
-        sequences = sum(request.sequences for request in self._requests)
+        sequences = sum(request.sequences for request in self._requests if not request.is_over)
         return self._recorder.load(sequences, self._engine.get_num_queued_tokens())
 
     async def run(self) -> str:
@@ -147,6 +151,8 @@ class VllmBackend:
     async def stop(self) -> None:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
+        elif self._loading is not None:
+            await _stop_loading(self._loading)
 
     # ---------------------------------------------------------------- one request
 
@@ -249,6 +255,17 @@ def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:
         raise ConfigError(f"vLLM's engine did not start: {_one_line(error)} (--verbose shows its messages)") from error
 
 
+async def _stop_loading(loading: asyncio.Future[Any]) -> None:
+    """A thread cannot be stopped, but loading ends soon without the processes that it starts."""
+    while not loading.done():
+        for child in psutil.Process().children(recursive=True):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.kill()
+        await asyncio.wait([loading], timeout=LIVENESS_S)
+    with contextlib.suppress(Exception):
+        loading.result().shutdown()
+
+
 def _set_environment(settings: EngineSettings) -> None:
     """What vLLM takes from nowhere else; it reads these when it is imported."""
     if settings.cpu_cores != "auto":
@@ -256,6 +273,8 @@ def _set_environment(settings: EngineSettings) -> None:
     if not settings.is_verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TQDM_DISABLE", "1")
+        os.environ.setdefault("PYTHONWARNINGS", "ignore")
+        logging.getLogger("vllm").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
 
 

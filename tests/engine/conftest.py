@@ -65,7 +65,19 @@ def worker_process(folder: Path, backend: str, *arguments: str) -> Iterator[str]
     """HOST:PORT of a worker process, once it says that it is ready."""
     config = folder / "tidegate.toml"
     config.write_text(SETTINGS)
-    command = [sys.executable, "-m", "engine", "--backend", backend, "--port", "0", "--config", str(config), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "deploy",
+        "engine",
+        "--backend",
+        backend,
+        "--port",
+        "0",
+        "--config",
+        str(config),
+        *arguments,
+    ]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
         assert process.stderr is not None
         said = []

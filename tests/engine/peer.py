@@ -171,6 +171,7 @@ async def running_worker(settings: EngineSettings, backend: Backend) -> AsyncIte
     worker = Worker(settings, backend)
     try:
         model = await worker.open()
+        assert model is not None
         async with asyncio.TaskGroup() as group:
             running = Running(worker, group.create_task(worker.run(model)))
             yield running
