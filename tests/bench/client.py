@@ -248,5 +248,5 @@ class _Connection(asyncio.Protocol):
             return
         self._request = None
         now_ns = time.monotonic_ns()
-        answer = Answer(self._sent_ns, self._first_ns, now_ns, self._events, tokens, error)
+        answer = Answer(self._sent_ns, self._first_ns, now_ns, self._events, tokens, " ".join(error.split()))
         self._load.settle(self, answer)

@@ -87,12 +87,16 @@ def start_source(parts: _Parts, folder: Path, name: str, step_ms: float) -> int:
 class Direct:
     """No proxy: shows that source and client keep the pace by themselves."""
 
-    name = "none (direct)"
+    name = "direct"
     model = sse_source.MODEL
 
     def __init__(self, folder: Path, step_ms: float) -> None:
         self._parts = _Parts()
-        self.port = start_source(self._parts, folder, "direct", step_ms)
+        try:
+            self.port = start_source(self._parts, folder, self.name, step_ms)
+        except BaseException:
+            self.close()
+            raise
 
     def close(self) -> None:
         self._parts.close()

@@ -13,6 +13,7 @@ import argparse
 import asyncio
 import os
 import resource
+import signal
 import statistics
 import sys
 import tempfile
@@ -26,7 +27,7 @@ import uvloop
 from tests.bench import report
 from tests.bench.client import Count, Load, chat_request
 from tests.bench.machine import facts
-from tests.bench.process import BenchError
+from tests.bench.process import BenchError, take_priority
 from tests.bench.proxies import LOAD_CORES, NAMES, PROXY_CORES, Direct, Proxy, open_proxy
 
 STREAMS = 256
@@ -272,7 +273,6 @@ def _relay_round(name: str, number: int, folder: Path, results: Results) -> None
             f"  round {number} {name} {window.load}: {window.cpu_us_per_token:.1f} us/token at "
             f"{window.tokens_per_s:,.0f} tokens/s, {window.errors} errors"
         )
-        report.console.print(*window.error_texts, sep="\n", end="")
     results.relay.extend(windows)
     results.evidence.append(
         Evidence(proxy=name, answers=sum(window.answers for window in windows), counts=proxy.evidence())
@@ -417,15 +417,17 @@ def doubts(results: Results) -> list[str]:
 
 
 def main() -> int:
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what was started is ended
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="proxies to measure")
     arguments = parser.parse_args()
     if (os.cpu_count() or 1) < 2:
         raise BenchError("the relay benchmark needs two cores: one for the proxy, one for source and client")
+    has_priority = take_priority(os.getpid())
     resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
     os.sched_setaffinity(0, LOAD_CORES)
-    report.print_facts("relay", facts())
+    report.print_facts("relay", facts() | {"priority": "raised" if has_priority else "normal"})
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
         results = measure_all(arguments.only, arguments.rounds, Path(folder))
     print_results(results, arguments.only)
