@@ -67,7 +67,7 @@ class Outlet:
 
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
-        if self._drainer is not None and not self._drainer.done():
+        if self._drainer is not None and self.is_blocked:
             self._drainer.cancel()
             self._note_unblocked()
 

@@ -20,7 +20,8 @@ class TailSampler:
     def __init__(self, keep_ratio: float, keep_per_s: float) -> None:
         self._threshold = int(keep_ratio * 2**64)
         self._keep_per_s = keep_per_s
-        self._tokens = keep_per_s
+        self._most_tokens = max(1.0, keep_per_s)
+        self._tokens = self._most_tokens
         self._filled_ns = 0
         self._totals_ns: collections.deque[int] = collections.deque(maxlen=WINDOW)
         self._seen = 0
@@ -48,7 +49,7 @@ class TailSampler:
     def _take_token(self, now_ns: int) -> bool:
         if self._filled_ns:
             elapsed_s = (now_ns - self._filled_ns) / 1e9
-            self._tokens = min(self._keep_per_s, self._tokens + elapsed_s * self._keep_per_s)
+            self._tokens = min(self._most_tokens, self._tokens + elapsed_s * self._keep_per_s)
         self._filled_ns = now_ns
         if self._tokens < 1:
             return False

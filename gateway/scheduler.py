@@ -1,7 +1,8 @@
 """Who runs when and where: a pure decider over the queue, the ledger and the router.
 
 It holds no sockets and no clock. Every method changes state at once and returns what the caller must do; requests are
-known by number. First come, first served per model; a request that cannot be placed does not hold up other models.
+known by number. First come, first served per model; a request that cannot be placed does not hold up other models, and
+models that share workers take turns.
 """
 
 from __future__ import annotations
@@ -103,25 +104,29 @@ class Scheduler:
     # -- placement
 
     def place(self) -> list[Placement]:
-        """Bind waiting requests to workers with room, oldest first; each placement holds a lease."""
+        """Bind waiting requests to workers with room, a model's oldest first; each placement holds a lease."""
         placements = []
-        for model in list(self._queues):
-            workers = [worker for worker in self._workers.values() if model in worker.model.names]
-            while workers and (queue := self._queues.get(model)):
-                ticket = next(iter(queue.values()))
-                worker = router.choose(workers, self.ledger, ticket.sequences, ticket.avoid)
-                if worker is None:
-                    break
-                self.leave(ticket.request)
-                self.ledger.acquire(
-                    Lease(
-                        request=ticket.request,
-                        worker=worker.name,
-                        sequences=ticket.sequences,
-                        tokens=ticket.tokens,
-                    )
+        turns = collections.deque(self._queues)
+        while turns:
+            model = turns.popleft()
+            ticket = next(iter(self._queues[model].values()))
+            serving = (worker for worker in self._workers.values() if model in worker.model.names)
+            worker = router.choose(serving, self.ledger, ticket.sequences, ticket.avoid)
+            if worker is None:
+                continue
+            self.leave(ticket.request)
+            self.ledger.acquire(
+                Lease(
+                    request=ticket.request,
+                    worker=worker.name,
+                    sequences=ticket.sequences,
+                    tokens=ticket.tokens,
                 )
-                placements.append(Placement(ticket, worker.name))
+            )
+            placements.append(Placement(ticket, worker.name))
+            if model in self._queues:
+                self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
+                turns.append(model)
         return placements
 
     def release(self, request: int) -> None:

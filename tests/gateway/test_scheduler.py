@@ -1,0 +1,305 @@
+from __future__ import annotations
+
+import collections
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from gateway.ledger import Lease, Ledger
+from gateway.router import Worker, choose
+from gateway.scheduler import Placement, Scheduler, Ticket
+from protos.core.contract import Load
+from tests.gateway.fakes import model_info
+
+
+def ticket(request: int, **changes: object) -> Ticket:
+    facts: dict[str, object] = {
+        "model": "a",
+        "sequences": 1,
+        "tokens": 10,
+        "size_bytes": 100,
+        "deadline_ns": 1_000,
+    }
+    return Ticket(request=request, **{**facts, **changes})  # type: ignore[arg-type]
+
+
+def scheduler_with(*workers: str, slots: int = 2, model: str = "a") -> Scheduler:
+    scheduler = Scheduler()
+    for name in workers:
+        scheduler.worker_joined(name, model_info(names=(model,), max_sequences=slots))
+    return scheduler
+
+
+def placed(placements: list[Placement]) -> list[int]:
+    return [placement.ticket.request for placement in placements]
+
+
+# ---------------------------------------------------------------- ledger
+
+
+def test_second_release_is_loud() -> None:
+    ledger = Ledger()
+    ledger.acquire(Lease(request=1, worker="w", sequences=2, tokens=5))
+    ledger.release(1)
+    with pytest.raises(AssertionError, match="holds no lease"):
+        ledger.release(1)
+
+
+def test_second_acquire_is_loud() -> None:
+    ledger = Ledger()
+    lease = Lease(request=1, worker="w", sequences=2, tokens=5)
+    ledger.acquire(lease)
+    with pytest.raises(AssertionError, match="already holds"):
+        ledger.acquire(lease)
+
+
+def test_books_of_a_worker_add_up() -> None:
+    ledger = Ledger()
+    for request in range(3):
+        ledger.acquire(Lease(request=request, worker="w", sequences=2, tokens=5))
+    held = ledger.held_by("w")
+    assert (held.requests, held.sequences, held.tokens) == (3, 6, 15)
+    held.requests = 99
+    assert ledger.held_by("w").requests == 3
+    assert ledger.sequences_on("other") == 0
+
+
+# ---------------------------------------------------------------- router
+
+
+def worker(name: str, slots: int = 4, **facts: object) -> Worker:
+    return Worker(name=name, model=model_info(max_sequences=slots), **facts)  # type: ignore[arg-type]
+
+
+def test_least_loaded_share_is_chosen() -> None:
+    ledger = Ledger()
+    ledger.acquire(Lease(request=1, worker="big", sequences=2, tokens=1))
+    ledger.acquire(Lease(request=2, worker="small", sequences=1, tokens=1))
+    workers = [worker("small", 2), worker("big", 8)]
+    assert choose(workers, ledger, 1).name == "big"  # type: ignore[union-attr]
+
+
+def test_full_and_draining_workers_are_not_chosen() -> None:
+    ledger = Ledger()
+    ledger.acquire(Lease(request=1, worker="full", sequences=4, tokens=1))
+    assert choose([worker("full"), worker("leaving", is_draining=True)], ledger, 1) is None
+
+
+def test_failed_worker_is_the_last_choice() -> None:
+    ledger = Ledger()
+    ledger.acquire(Lease(request=1, worker="good", sequences=3, tokens=1))
+    workers = [worker("bad"), worker("good")]
+    assert choose(workers, ledger, 1, ("bad",)).name == "good"  # type: ignore[union-attr]
+    assert choose(workers[:1], ledger, 1, ("bad",)).name == "bad"  # type: ignore[union-attr]
+
+
+def test_request_larger_than_a_worker_waits_for_an_empty_one() -> None:
+    ledger = Ledger()
+    assert choose([worker("w", 4)], ledger, 16).name == "w"  # type: ignore[union-attr]
+    ledger.acquire(Lease(request=1, worker="w", sequences=1, tokens=1))
+    assert choose([worker("w", 4)], ledger, 16) is None
+
+
+# ---------------------------------------------------------------- scheduler
+
+
+def test_first_come_first_served() -> None:
+    scheduler = scheduler_with("w", slots=2)
+    for request in range(1, 6):
+        scheduler.enqueue(ticket(request))
+    assert placed(scheduler.place()) == [1, 2]
+    scheduler.release(2)
+    assert placed(scheduler.place()) == [3]
+    assert scheduler.place() == []
+
+
+def test_backlog_of_one_model_does_not_hold_up_another() -> None:
+    scheduler = scheduler_with("w", slots=1)
+    scheduler.worker_joined("v", model_info(names=("b",), max_sequences=1))
+    for request in range(1, 4):
+        scheduler.enqueue(ticket(request))
+    scheduler.enqueue(ticket(4, model="b"))
+    assert sorted(placed(scheduler.place())) == [1, 4]
+
+
+def test_models_of_one_worker_share_its_room() -> None:
+    scheduler = Scheduler()
+    scheduler.worker_joined("w", model_info(names=("a", "b"), max_sequences=1))
+    for request in range(1, 9):
+        scheduler.enqueue(ticket(request))
+    scheduler.enqueue(ticket(9, model="b"))
+    order = []
+    while scheduler.queued:
+        (request,) = placed(scheduler.place())
+        order.append(request)
+        scheduler.release(request)
+    assert order.index(9) <= 2, "a backlogged model does not starve another one"
+    assert [request for request in order if request != 9] == list(range(1, 9))
+
+
+def test_retry_goes_to_the_front() -> None:
+    scheduler = scheduler_with("w", slots=1)
+    scheduler.enqueue(ticket(1))
+    scheduler.enqueue(ticket(2), at_front=True)
+    assert placed(scheduler.place()) == [2]
+
+
+def test_request_leaves_the_queue_when_it_expires() -> None:
+    scheduler = scheduler_with()
+    scheduler.enqueue(ticket(1, deadline_ns=50))
+    scheduler.enqueue(ticket(2, deadline_ns=30))
+    assert scheduler.next_deadline_ns == 30
+    assert scheduler.expire(29) == []
+    assert scheduler.expire(30) == [2]
+    assert scheduler.next_deadline_ns == 50
+    scheduler.leave(1)
+    assert scheduler.next_deadline_ns is None
+    assert scheduler.expire(100) == []
+
+
+def test_draining_worker_gets_no_more() -> None:
+    scheduler = scheduler_with("w")
+    scheduler.worker_reported("w", Load(), True)
+    scheduler.enqueue(ticket(1))
+    assert scheduler.place() == []
+
+
+def test_withdrawn_request_gives_its_lease_back() -> None:
+    scheduler = scheduler_with("w")
+    scheduler.enqueue(ticket(1))
+    scheduler.place()
+    scheduler.withdraw(1)
+    scheduler.withdraw(1)
+    assert len(scheduler.ledger) == 0
+
+
+def test_requests_of_a_lost_model_are_known() -> None:
+    scheduler = scheduler_with("w", slots=1)
+    for request in (1, 2):
+        scheduler.enqueue(ticket(request))
+    scheduler.place()
+    scheduler.worker_left("w")
+    assert scheduler.unserved() == [2]
+    assert scheduler.was_served("a")
+    assert not scheduler.is_served("a")
+    assert not scheduler.was_served("z")
+    scheduler.release(1)  # its lease outlived the worker
+
+
+def test_default_model_is_the_only_one() -> None:
+    scheduler = scheduler_with("w", "v")
+    assert scheduler.default_model == "a"
+    scheduler.worker_joined("x", model_info(names=("b",)))
+    assert scheduler.default_model is None
+
+
+MODELS = ("a", "b", "both")
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any sequence of what can happen: nothing is lost, placed twice, or held after its end."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scheduler = Scheduler()
+        self.now_ns = 0
+        self.arrived = 0
+        self.queued: dict[int, Ticket] = {}
+        self.running: dict[int, str] = {}
+        self.ended: collections.Counter[str] = collections.Counter()
+        self.slots: dict[str, int] = {}
+
+    @rule(model=st.sampled_from(MODELS), sequences=st.integers(1, 5), wait_ns=st.integers(1, 50), front=st.booleans())
+    def arrive(self, model: str, sequences: int, wait_ns: int, front: bool) -> None:
+        self.arrived += 1
+        it = ticket(
+            self.arrived,
+            model=model,
+            sequences=sequences,
+            deadline_ns=self.now_ns + wait_ns,
+            avoid=tuple(list(self.slots)[:1]) if front else (),
+        )
+        self.scheduler.enqueue(it, at_front=front)
+        self.queued[it.request] = it
+
+    @rule()
+    def place(self) -> None:
+        for placement in self.scheduler.place():
+            request = placement.ticket.request
+            assert self.queued.pop(request) is placement.ticket
+            assert request not in self.running, "placed twice"
+            assert placement.worker in self.slots
+            self.running[request] = placement.worker
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def end(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.running)))
+        self.scheduler.release(request)
+        del self.running[request]
+        self.ended["finished"] += 1
+
+    @precondition(lambda self: self.queued or self.running)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.queued.keys() | self.running.keys())))
+        self.scheduler.withdraw(request)
+        self.queued.pop(request, None)
+        self.running.pop(request, None)
+        self.ended["cancelled"] += 1
+
+    @rule(passed_ns=st.integers(0, 40))
+    def expire(self, passed_ns: int) -> None:
+        self.now_ns += passed_ns
+        for request in self.scheduler.expire(self.now_ns):
+            assert self.queued.pop(request).deadline_ns <= self.now_ns
+            self.ended["expired"] += 1
+        assert all(it.deadline_ns > self.now_ns for it in self.queued.values())
+
+    @rule(
+        name=st.sampled_from(["v", "w", "x"]), slots=st.integers(1, 4), names=st.sampled_from([("a",), ("b",), MODELS])
+    )
+    def join(self, name: str, slots: int, names: tuple[str, ...]) -> None:
+        if name not in self.slots:
+            self.slots[name] = slots
+            self.scheduler.worker_joined(name, model_info(names=names, max_sequences=slots))
+
+    @precondition(lambda self: self.slots)
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        name = data.draw(st.sampled_from(sorted(self.slots)))
+        del self.slots[name]
+        self.scheduler.worker_left(name)
+        for request in self.scheduler.unserved():
+            assert self.scheduler.leave(request)
+            del self.queued[request]
+            self.ended["failed"] += 1
+        for request in [request for request, worker in self.running.items() if worker == name]:
+            self.scheduler.release(request)
+            del self.running[request]
+            self.ended["failed"] += 1
+
+    @invariant()
+    def nothing_is_lost(self) -> None:
+        assert self.arrived == self.ended.total() + len(self.queued) + len(self.running)
+        assert self.scheduler.queued == len(self.queued)
+        assert self.scheduler.queued_bytes == 100 * len(self.queued)
+        assert len(self.scheduler.ledger) == len(self.running)
+
+    @invariant()
+    def no_worker_holds_more_than_it_has(self) -> None:
+        for name, slots in self.slots.items():
+            held = self.scheduler.ledger.held_by(name)
+            assert held.requests == sum(worker == name for worker in self.running.values())
+            assert held.sequences <= slots or held.requests == 1
+
+    @invariant()
+    def deadline_is_known(self) -> None:
+        expected = min((it.deadline_ns for it in self.queued.values()), default=None)
+        assert self.scheduler.next_deadline_ns == expected
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=60, stateful_step_count=50, deadline=None)
