@@ -133,6 +133,7 @@ class WorkerSession:
 
     async def _connect_once(self) -> str:
         """One session from connect to loss; returns why it ended."""
+        self.mismatch = None
         async with grpc.aio.insecure_channel(self.address, options=wire.CHANNEL_OPTIONS) as channel:
             call = channel.stream_stream(
                 wire.SESSION_METHOD,
@@ -140,26 +141,22 @@ class WorkerSession:
                 response_deserializer=wire.decode_engine_frame,
             )()
             try:
-                async with asyncio.timeout(SILENCE_NS / 1e9):
-                    await call.write(GatewayFrame(hello=self._hello))
-                    await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
-                    await self._read_until_ready(call)
-                async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(self._write(call))
-                    tasks.create_task(self._watch())
-                    tasks.create_task(self._read(call))
-            except TimeoutError:
-                return "does not answer"
-            except ProtocolMismatch as error:
-                self.mismatch = error
-                return str(error)
-            except grpc.aio.AioRpcError as error:
-                return self._explain(error)
-            except ExceptionGroup as group:
-                return self._explain_group(group)
+                await self._converse(call)
+            except Exception as error:
+                return await self._explain(_first(error), call)
             finally:
                 call.cancel()
         raise AssertionError("a session ends with an exception")
+
+    async def _converse(self, call: Any) -> None:
+        async with asyncio.timeout(SILENCE_NS / 1e9):
+            await call.write(GatewayFrame(hello=self._hello))
+            await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
+            await self._read_until_ready(call)
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(self._write(call))
+            tasks.create_task(self._watch())
+            tasks.create_task(self._read(call))
 
     async def _read_until_ready(self, call: Any) -> None:
         """Welcome, then the first pong: without it the worker's stamps mean nothing here."""
@@ -167,7 +164,6 @@ class WorkerSession:
         welcome = frame.welcome
         if welcome is None or welcome.protocol != PROTOCOL:
             raise ProtocolMismatch.between(worker=welcome.protocol if welcome else 0, gateway=PROTOCOL)
-        self.mismatch = None
         self._offset = ClockOffset()
         while not self._offset.is_known:
             self._take_pong(frame)
@@ -262,28 +258,41 @@ class WorkerSession:
         for sink in sinks.values():
             sink.lost(reason)
 
-    def _explain(self, error: grpc.aio.AioRpcError) -> str:
-        details = error.details() or ""
-        if error.code() is grpc.StatusCode.FAILED_PRECONDITION:
+    async def _explain(self, error: Exception, call: Any) -> str:
+        """Why the session ended, in one line. A bug ends the session, not the gateway."""
+        match error:
+            case ProtocolMismatch():
+                self.mismatch = error
+                return str(error)
+            case TimeoutError():
+                return str(error) or "does not answer"
+            case grpc.aio.AioRpcError() | asyncio.InvalidStateError() | EOFError():
+                # A write on a call that has ended says only that it is over; the call's status says why.
+                return self._explain_status(await call.code(), await call.details() or "")
+            case _:
+                log.error("worker %s: bug in its session", self.address, exc_info=error)
+                return f"session ended by a bug: {error!r}"
+
+    def _explain_status(self, code: grpc.StatusCode, details: str) -> str:
+        if code is grpc.StatusCode.FAILED_PRECONDITION:
             self.mismatch = ProtocolMismatch(details)
             return details
-        if error.code() is grpc.StatusCode.UNAVAILABLE and self.state != "ready":
-            return "cannot be reached"
-        return f"session ended: {error.code().name.lower()} {details}".rstrip()
+        if code is grpc.StatusCode.UNAVAILABLE and self.state != "ready":
+            # Either nobody listens, and the details are gRPC's own, or the worker says that it is not ready yet.
+            return "cannot be reached" if "connect" in details.lower() else details
+        return f"session ended: {code.name.lower()} {details}".rstrip()
 
-    def _explain_group(self, group: ExceptionGroup[Exception]) -> str:
-        error = group.exceptions[0]
-        if isinstance(error, grpc.aio.AioRpcError):
-            return self._explain(error)
-        if isinstance(error, TimeoutError | asyncio.InvalidStateError | EOFError):
-            return f"session ended: {error}"
-        raise group
+
+def _first(error: Exception) -> Exception:
+    """The error that ended a task group: the first of the group, which ended the others."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 async def _next_frame(call: Any) -> EngineFrame:
     frame = await call.read()
     if frame is grpc.aio.EOF:
-        code = await call.code()
-        raise EOFError(f"closed by the worker ({code.name.lower()}) {await call.details() or ''}".rstrip())
+        raise EOFError("closed by the worker")
     assert isinstance(frame, EngineFrame)
     return frame
