@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import selectors
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
@@ -385,18 +386,24 @@ class ScriptedSession:
 
     def __init__(self, context: Any) -> None:
         self._context = context
+        self._writing = asyncio.Lock()
         self.submits: list[Submit] = []
         self.cancels: list[int] = []
         self.pings = 0
         self.changed = asyncio.Condition()
+        self.closing: asyncio.Future[grpc.StatusCode] = asyncio.get_running_loop().create_future()
+
+    def close(self, code: grpc.StatusCode = grpc.StatusCode.OK) -> None:
+        """End the call."""
+        self.closing.set_result(code)
 
     async def say(self, **frame: Any) -> None:
         frame.setdefault("load", Load())
-        await self._context.write(EngineFrame(**frame))
+        async with self._writing:
+            await self._context.write(EngineFrame(**frame))
 
     async def start(self, slot: int, *texts: str) -> None:
-        now_ns = asyncio.get_running_loop().time()
-        stamp = int(now_ns * 1e9)
+        stamp = time.monotonic_ns()
         await self.say(
             accepted=[Accepted(slot, stamp)],
             started=[Started(slot, 3, 0, Stamps(stamp, stamp, stamp, stamp, stamp))],
@@ -408,7 +415,7 @@ class ScriptedSession:
         await self.say(deltas=Deltas(slots=[slot], texts=[text], token_counts=[1], token_ids=[1]))
 
     async def finish(self, slot: int, reason: str = "stop", tokens: int = 1) -> None:
-        stamp = int(asyncio.get_running_loop().time() * 1e9)
+        stamp = time.monotonic_ns()
         await self.say(
             finished=[
                 Finished(
@@ -441,7 +448,6 @@ class ScriptedWorker:
         self.sessions: list[ScriptedSession] = []
         self.port = 0
         self._server: grpc.aio.Server
-        self._calls: list[asyncio.Task[None]] = []
 
     @property
     def address(self) -> str:
@@ -475,29 +481,33 @@ class ScriptedWorker:
         welcome = Welcome(protocol=self.protocol, worker="scripted", boot_id="1", version="0", model=self.model)
         await session.say(welcome=welcome)
         self.sessions.append(session)
+        scripts: set[asyncio.Task[None]] = set()
+        reading = asyncio.ensure_future(self._read(session, frames, scripts))
         try:
-            async with asyncio.TaskGroup() as scripts:
-                async for frame in frames:
-                    await self._take(session, frame, scripts)
-                raise _Closed
-        except* _Closed:
-            pass
+            await asyncio.wait([reading, session.closing], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for task in (reading, *scripts):
+                task.cancel()
+        if session.closing.done() and session.closing.result() is not grpc.StatusCode.OK:
+            await context.abort(session.closing.result(), "bye")
 
-    async def _take(self, session: ScriptedSession, frame: GatewayFrame, scripts: asyncio.TaskGroup) -> None:
+    async def _read(
+        self, session: ScriptedSession, frames: AsyncIterator[GatewayFrame], scripts: set[asyncio.Task[None]]
+    ) -> None:
+        async for frame in frames:
+            await self._take(session, frame, scripts)
+
+    async def _take(self, session: ScriptedSession, frame: GatewayFrame, scripts: set[asyncio.Task[None]]) -> None:
         if frame.ping_sent_ns and not self.is_silent:
             session.pings += 1
-            await session.say(pong=(frame.ping_sent_ns, frame.ping_sent_ns))
+            await session.say(pong=(frame.ping_sent_ns, time.monotonic_ns()))
         for submit in frame.submits:
             session.submits.append(submit)
             if self.script is not None:
-                scripts.create_task(self.script(session, submit))
+                scripts.add(asyncio.ensure_future(self.script(session, submit)))
         session.cancels.extend(frame.cancels)
         async with session.changed:
             session.changed.notify_all()
-
-
-class _Closed(Exception):
-    """The gateway closed the session: its scripts end too."""
 
 
 @asynccontextmanager
