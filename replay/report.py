@@ -158,13 +158,23 @@ def shape_lines(source: Shape, scaled: Shape | None = None) -> Iterator[str]:
         "duration": [f"{shape.duration_s:.1f} s" for shape in shapes],
         "rate, busiest second": [f"{shape.rate:.2f}/s, {shape.peak_rate:.0f}" for shape in shapes],
         "gap CV": ["-" if shape.gap_cv is None else f"{shape.gap_cv:.2f}" for shape in shapes],
-        "dispersion": [", ".join(f"{v:g} at {w}" for w, v in shape.dispersion.items()) or "-" for shape in shapes],
+        **_dispersion_rows(shapes),
         "prompt tokens": [_lengths(shape.prompt_tokens) for shape in shapes],
         "output tokens": [_lengths(shape.output_tokens) for shape in shapes],
         "shared prefix": [_percent(shape.prefix_share) for shape in shapes],
     }
     for name, values in rows.items():
         yield _wide("  " + name, *values)
+
+
+def _dispersion_rows(shapes: Sequence[Shape]) -> dict[str, list[str]]:
+    windows = dict.fromkeys(window for shape in shapes for window in shape.dispersion)
+    return {
+        f"dispersion in {window}": [
+            f"{shape.dispersion[window]:.2f}" if window in shape.dispersion else "-" for shape in shapes
+        ]
+        for window in windows
+    }
 
 
 def _lengths(found: Sequence[int]) -> str:

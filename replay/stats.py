@@ -28,7 +28,8 @@ DEFINITIONS = {
     "tokens": "from the usage that the server reports",
     "errors": "every answer that is not a complete one of status 200; a stream that ends in an error event is an error",
     "phases": "the gateway's own account of each request; they partition its time from arrival to settle",
-    "outside": "what the client saw beyond the gateway's phases: network, kernel, the client itself",
+    "outside": "what the client saw beyond those: network, kernel, itself; of TTFT also delivering the first token",
+    "dispersion": "variance over mean of the sends per window; 1 for Poisson arrivals, more for bursts",
     "client-limited": "the generator was late (p99 schedule lag over 10 ms) or its loop stalled for over 1% of the run",
 }
 
