@@ -22,7 +22,7 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queue_bytes: Positive = 256 * 1024 * 1024
     first_token_s: Seconds = 30.0
     total_s: Seconds = 300.0
-    attempts: Positive = 2
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     """Most workers that one request is tried on; only before its first token."""
     drain_s: Seconds = 300.0
     """How long running streams may take to finish after SIGTERM."""

@@ -117,11 +117,11 @@ class SpanBuilder:
         self._scope = InstrumentationScope("tidegate", version)
 
     def build(self, record: RequestRecord) -> list[ReadableSpan]:
-        root = _context(record.trace_id, record.span_id)
         start_ns = record.arrived_unix_ns // _US * _US
         end_ns = start_ns + max(_US, record.total_ns // _US * _US)
         starts = _phase_starts(record, start_ns)
-        spans = [self._root(record, root, start_ns, end_ns)]
+        root = self._root(record, start_ns, end_ns)
+        spans = [root]
         for name in _GATEWAY_PHASES:
             if name in starts:
                 spans.append(self._child(name, root, *starts[name]))
@@ -132,12 +132,12 @@ class SpanBuilder:
             spans.append(self._child("deliver", root, *starts["deliver"]))
         return spans
 
-    def _root(self, record: RequestRecord, context: SpanContext, start_ns: int, end_ns: int) -> ReadableSpan:
+    def _root(self, record: RequestRecord, start_ns: int, end_ns: int) -> ReadableSpan:
         parent = _context(record.trace_id, record.parent_span_id, is_remote=True) if record.parent_span_id else None
         links = [Link(replayed, {"tidegate.link": "replay_of"})] if (replayed := _replayed(record)) else []
         return ReadableSpan(
             name=f"POST {record.endpoint}",
-            context=context,
+            context=_context(record.trace_id, record.span_id),
             parent=parent,
             resource=self._gateway,
             attributes=_present(_root_attributes(record)),
@@ -149,7 +149,7 @@ class SpanBuilder:
             instrumentation_scope=self._scope,
         )
 
-    def _failed_attempts(self, record: RequestRecord, root: SpanContext, start_ns: int) -> list[ReadableSpan]:
+    def _failed_attempts(self, record: RequestRecord, root: ReadableSpan, start_ns: int) -> list[ReadableSpan]:
         return [
             self._child(
                 "attempt",
@@ -164,7 +164,7 @@ class SpanBuilder:
         ]
 
     def _last_attempt(
-        self, record: RequestRecord, root: SpanContext, starts: dict[str, tuple[int, int]], start_ns: int, end_ns: int
+        self, record: RequestRecord, root: ReadableSpan, starts: dict[str, tuple[int, int]], start_ns: int, end_ns: int
     ) -> list[ReadableSpan]:
         begin_ns = start_ns + record.attempts[-1].started_ns // _US * _US
         finish_ns = starts["deliver"][0] - _US if "deliver" in starts else end_ns - _US
@@ -172,7 +172,7 @@ class SpanBuilder:
             "attempt",
             root,
             begin_ns,
-            max(begin_ns, finish_ns),
+            finish_ns,
             kind=SpanKind.CLIENT,
             attributes=_present(_generation_attributes(record)),
             status=_status(record),
@@ -183,7 +183,7 @@ class SpanBuilder:
         engine = self._engine(record.attempts[-1].worker)
         generate = self._child(
             "generate",
-            attempt.context,
+            attempt,
             min(start for start, _ in inside.values()),
             max(end for _, end in inside.values()),
             kind=SpanKind.SERVER,
@@ -191,15 +191,14 @@ class SpanBuilder:
             attributes={"tidegate.preemptions": record.preemptions, "tidegate.simulated": record.is_simulated},
         )
         phases = [
-            self._child(telemetry.ENGINE_SPANS[name], generate.context, *span, resource=engine)
-            for name, span in inside.items()
+            self._child(telemetry.ENGINE_SPANS[name], generate, *span, resource=engine) for name, span in inside.items()
         ]
         return [attempt, generate, *phases]
 
     def _child(
         self,
         name: str,
-        parent: SpanContext,
+        parent: ReadableSpan,
         start_ns: int,
         end_ns: int,
         *,
@@ -208,16 +207,20 @@ class SpanBuilder:
         attributes: dict[str, Any] | None = None,
         status: Status | None = None,
     ) -> ReadableSpan:
+        """A span inside its parent, whatever the stamps say."""
+        assert parent.start_time is not None
+        assert parent.end_time is not None
+        start_ns = min(max(start_ns, parent.start_time), parent.end_time)
         return ReadableSpan(
             name=name,
-            context=_context(f"{parent.trace_id:032x}", new_id(64)),
-            parent=parent,
+            context=SpanContext(parent.context.trace_id, int(new_id(64), 16), False, _SAMPLED),
+            parent=parent.context,
             resource=resource or self._gateway,
             attributes=attributes,
             kind=kind,
             status=status or Status(StatusCode.UNSET),
             start_time=start_ns,
-            end_time=end_ns,
+            end_time=min(max(end_ns, start_ns), parent.end_time),
             instrumentation_scope=self._scope,
         )
 
