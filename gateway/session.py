@@ -120,7 +120,8 @@ class WorkerSession:
             was_ready = self.state == "ready"
             self.state = "refused" if self.mismatch else "connecting"
             if reason != self.last_error or was_ready:
-                log.warning("worker %s: %s; %d requests were running", self.address, reason, len(self._sinks))
+                running = f"; {len(self._sinks)} requests were running" if self._sinks else ""
+                log.warning("worker %s: %s%s", self.address, reason, running)
                 self.last_error = reason
             self._end(reason)
             if self.mismatch:
@@ -150,25 +151,22 @@ class WorkerSession:
 
     async def _converse(self, call: Any) -> None:
         async with asyncio.timeout(SILENCE_NS / 1e9):
-            await call.write(GatewayFrame(hello=self._hello))
-            await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
-            await self._read_until_ready(call)
+            await self._greet(call)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._write(call))
             tasks.create_task(self._watch())
             tasks.create_task(self._read(call))
 
-    async def _read_until_ready(self, call: Any) -> None:
-        """Welcome, then the first pong: without it the worker's stamps mean nothing here."""
-        frame = await _next_frame(call)
-        welcome = frame.welcome
+    async def _greet(self, call: Any) -> None:
+        """Hello and Welcome, then the first ping and pong: without it the worker's stamps mean nothing here."""
+        await call.write(GatewayFrame(hello=self._hello))
+        welcome = (await _next_frame(call)).welcome
         if welcome is None or welcome.protocol != PROTOCOL:
             raise ProtocolMismatch.between(worker=welcome.protocol if welcome else 0, gateway=PROTOCOL)
         self._offset = ClockOffset()
+        await call.write(GatewayFrame(ping_sent_ns=self._clock.mono_ns()))
         while not self._offset.is_known:
-            self._take_pong(frame)
-            if not self._offset.is_known:
-                frame = await _next_frame(call)
+            self._take_pong(await _next_frame(call))
         self._heard_ns = self._clock.mono_ns()
         self.welcome = welcome
         self.state = "ready"
