@@ -152,6 +152,7 @@ def _recorded(record: RequestRecord) -> Recorded:
         phases=record.phases,
         total_ns=record.total_ns,
         unattributed_ns=record.unattributed_ns,
+        first_token_at_ns=record.first_token_at_ns,
         is_simulated=record.is_simulated,
     )
 

@@ -34,7 +34,7 @@ def list_journals(directory: Path) -> Iterator[str]:
     if not folders:
         yield f"no captures in {directory}"
         return
-    yield f"{'ID':<28}{'KIND':<9}{'LEVEL':<8}{'STARTED (UTC)':<21}{'ENTRIES':>9}{'DROPPED':>9}{'MIB':>8}  STATE"
+    yield f"{'ID':<34}{'KIND':<9}{'LEVEL':<8}{'STARTED (UTC)':<21}{'ENTRIES':>9}{'DROPPED':>9}{'MIB':>8}  STATE"
     for folder in folders:
         yield _journal_line(folder)
 
@@ -43,12 +43,12 @@ def _journal_line(folder: Path) -> str:
     try:
         manifest = journal.read_manifest(folder)
     except CaptureError as error:
-        return f"{folder.name:<28}{error}"
+        return f"{folder.name:<34}{error}"
     # The manifest of an open journal is behind its segments: those are counted.
     entries = manifest.entries if manifest.is_closed else sum(1 for _ in journal.read(folder))
     size_mib = sum(path.stat().st_size for path in folder.glob("segment-*")) / 2**20
     return (
-        f"{folder.name:<28}{manifest.kind:<9}{manifest.facts.get('level', '')!s:<8}{_utc(manifest.created_unix_ns):<21}"
+        f"{folder.name:<34}{manifest.kind:<9}{manifest.facts.get('level', '')!s:<8}{_utc(manifest.created_unix_ns):<21}"
         f"{entries:>9}{manifest.dropped:>9}{size_mib:>8.2f}  {'closed' if manifest.is_closed else 'open'}"
     )
 
@@ -77,7 +77,7 @@ def show_capture(path: Path, limit: int) -> Iterator[str]:
     yield ""
     yield (
         f"{'ARRIVED':<14}{'OUTCOME':<11}{'STATUS':>6}{'IN':>8}{'OUT':>7}{'TTFT MS':>10}{'TOTAL MS':>11}  "
-        f"{'WORKER':<12}{'ENDPOINT':<22}TRACE"
+        f"{'WORKER':<22}{'ENDPOINT':<22}TRACE"
     )
     yield from (_record_line(record) for record in records[:limit])
     if len(records) > limit:
@@ -89,7 +89,7 @@ def _record_line(record: RequestRecord) -> str:
     return (
         f"{_utc(record.arrived_unix_ns)[11:]:<14}{record.outcome.value:<11}{record.status:>6}"
         f"{record.prompt_tokens if record.prompt_tokens is not None else '-':>8}{record.output_tokens:>7}"
-        f"{ttft:>10}{record.total_ns / 1e6:>11.1f}  {record.worker or '-':<12}{record.endpoint:<22}{record.trace_id}"
+        f"{ttft:>10}{record.total_ns / 1e6:>11.1f}  {record.worker or '-':<22}{record.endpoint:<22}{record.trace_id}"
     )
 
 

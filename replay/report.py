@@ -112,7 +112,7 @@ def _phases(summary: Summary) -> Iterator[str]:
 def _comparison(summary: Summary) -> Iterator[str]:
     if not summary.comparison:
         return
-    yield f"Recorded against replayed (ms, at the gateway, {summary.compared} requests that finished both times)"
+    yield f"Recorded against replayed (ms, {summary.compared} requests that finished both times)"
     yield _row("", "p50", "->", "p95", "->", "mean", "->", "change")
     for row in summary.comparison:
         old, new = row.recorded, row.replayed

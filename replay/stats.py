@@ -28,6 +28,7 @@ DEFINITIONS = {
     "tokens": "from the usage that the server reports",
     "errors": "every answer that is not a complete one of status 200; a stream that ends in an error event is an error",
     "phases": "the gateway's own account of each request; they partition its time from arrival to settle",
+    "recorded against replayed": "both at the gateway, but for the replayed ttft, which is the client's from sent",
     "outside": "what the client saw beyond those: network, kernel, itself; of TTFT also delivering the first token",
     "dispersion": "variance over mean of the sends per window; 1 for Poisson arrivals, more for bursts",
     "client-limited": "the generator was late (p99 schedule lag over 10 ms) or its loop stalled for over 1% of the run",
@@ -179,7 +180,7 @@ def summarize(run: Run) -> Summary:
         goodput_per_s=met / duration_s if duration_s else 0.0,
         latency_ms=_latencies(results, finished),
         phases=_phase_shares(timed),
-        outside_share_of_ttft=_outside_share(timed, lambda result: result.ttft_sent_ns, _first_token_ns),
+        outside_share_of_ttft=_outside_share(timed, lambda result: result.ttft_sent_ns, _before_first_token_ns),
         outside_share_of_e2e=_outside_share(timed, lambda result: result.e2e_sent_ns, lambda timing: timing.total_ns),
         sum_check=_sum_check([timing for _, timing in timed]),
         comparison=_comparison(pairs),
@@ -269,15 +270,8 @@ def _outside_share(
     return (seen - inside) / seen if seen else None
 
 
-def _first_token_ns(timing: Timing) -> int:
-    return before_first_token_ns(timing.phases_ns) or 0
-
-
-def before_first_token_ns(phases: Phases) -> int | None:
-    """Time of the phases up to the first token; None for a request that had none."""
-    if phases.prefill is None:
-        return None
-    return sum(getattr(phases, name) or 0 for name in BEFORE_FIRST_TOKEN)
+def _before_first_token_ns(timing: Timing) -> int:
+    return sum(getattr(timing.phases_ns, name) or 0 for name in BEFORE_FIRST_TOKEN)
 
 
 def _sum_check(timings: Sequence[Timing]) -> SumCheck:
@@ -290,17 +284,22 @@ def _sum_check(timings: Sequence[Timing]) -> SumCheck:
     )
 
 
-class _Pair(msgspec.Struct, frozen=True):
-    recorded: Phases
-    recorded_total_ns: int
-    replayed: Phases
-    replayed_total_ns: int
+class _Side(msgspec.Struct, frozen=True):
+    ttft_ns: int | None
+    total_ns: int
+    phases: Phases
 
 
-def _pairs(results: Sequence[Result]) -> list[_Pair]:
-    """Both sides as their gateways saw them, so that like is compared with like."""
+def _pairs(results: Sequence[Result]) -> list[tuple[_Side, _Side]]:
+    """(recorded, replayed) of the requests that finished both times, as their gateways saw them.
+
+    The gateway's timing leaves before it knows when the first content left, so the replayed TTFT is the client's.
+    """
     return [
-        _Pair(recorded.phases, recorded.total_ns, result.timing.phases_ns, result.timing.total_ns)
+        (
+            _Side(recorded.first_token_at_ns, recorded.total_ns, recorded.phases),
+            _Side(result.ttft_sent_ns, result.timing.total_ns, result.timing.phases_ns),
+        )
         for result in results
         if (recorded := result.recorded) is not None
         and recorded.outcome is Outcome.FINISHED
@@ -309,22 +308,22 @@ def _pairs(results: Sequence[Result]) -> list[_Pair]:
     ]
 
 
-def _comparison(pairs: Sequence[_Pair]) -> list[Comparison]:
+def _comparison(pairs: Sequence[tuple[_Side, _Side]]) -> list[Comparison]:
     rows = [
-        _row("until first token", pairs, lambda phases, _: before_first_token_ns(phases)),
-        _row("total", pairs, lambda _, total_ns: total_ns),
+        _row("ttft", pairs, lambda side: side.ttft_ns),
+        _row("total", pairs, lambda side: side.total_ns),
+        *(_row(phase, pairs, _phase_of(phase)) for phase in PHASES),
     ]
-    rows += [_row(phase, pairs, _value_of(phase)) for phase in PHASES]
     return [row for row in rows if row is not None]
 
 
-def _value_of(phase: str) -> Callable[[Phases, int], int | None]:
-    return lambda phases, _: getattr(phases, phase)
+def _phase_of(phase: str) -> Callable[[_Side], int | None]:
+    return lambda side: getattr(side.phases, phase)
 
 
-def _row(name: str, pairs: Sequence[_Pair], value_ns: Callable[[Phases, int], int | None]) -> Comparison | None:
-    recorded = quantiles_ms(value_ns(pair.recorded, pair.recorded_total_ns) for pair in pairs)
-    replayed = quantiles_ms(value_ns(pair.replayed, pair.replayed_total_ns) for pair in pairs)
+def _row(name: str, pairs: Sequence[tuple[_Side, _Side]], value_ns: Callable[[_Side], int | None]) -> Comparison | None:
+    recorded = quantiles_ms(value_ns(side) for side, _ in pairs)
+    replayed = quantiles_ms(value_ns(side) for _, side in pairs)
     if recorded is None and replayed is None:
         return None
     return Comparison(name, recorded or _NOTHING, replayed or _NOTHING)

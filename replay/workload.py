@@ -57,6 +57,7 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     phases: Phases = Phases()
     total_ns: int = 0
     unattributed_ns: int = 0
+    first_token_at_ns: int | None = None
     is_simulated: bool = False
 
     @property

@@ -106,7 +106,9 @@ async def test_capture_is_compared_with_its_replay(tmp_path: Path) -> None:
     assert summary.compared == 4
     assert rows["total"].recorded.mean == pytest.approx(100.0)
     assert rows["total"].replayed.mean == pytest.approx(1.9)
-    assert rows["until first token"].recorded.mean == pytest.approx(30.0)
+    assert rows["ttft"].recorded.mean == pytest.approx(30.0)
+    assert rows["ttft"].replayed.mean == pytest.approx(summary.latency_ms["ttft from sent"].mean)
+    assert rows["queue"].recorded.mean == pytest.approx(9.0)
     assert summary.facts.scaled_shape.duration_s == pytest.approx(summary.facts.source_shape.duration_s / 10)
     assert "Recorded against replayed" in report.render(summary)
 
