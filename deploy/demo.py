@@ -67,8 +67,8 @@ def tour(folder: Path, backend: str | None) -> list[str]:
             step("replay", "run", str(capture), "--target", url, "--speed", str(SPEED), "-o", str(folder / "replayed"))
             view.event("demo 4/4: the report\n")
             view.event((folder / "replayed" / "report.txt").read_text())
+            step("capture", "verify", str(capture))
             stack.stop(settings.drain_s, is_hurried=lambda: times_asked() > 1)
-    step("capture", "verify", str(capture))
     return [problem for name in ("recorded", "replayed") for problem in judge(name, read_summary(folder / name))]
 
 

@@ -106,7 +106,9 @@ class Stack:
         """Drain part by part. After `drain_s` for one of them, or as soon as `is_hurried()`, kill what is left."""
         for part in self.parts:
             # What never became ready has nothing to drain, and may be deep in loading a model.
-            patience_s = drain_s if part.life.state in (State.READY, State.SILENT) else min(drain_s, STARTING_PATIENCE_S)
+            patience_s = (
+                drain_s if part.life.state in (State.READY, State.SILENT) else min(drain_s, STARTING_PATIENCE_S)
+            )
             part.is_stopping = True
             part.child.terminate()
             self._await_end(part, patience_s, is_hurried)

@@ -15,21 +15,10 @@ import openai
 import psutil
 import pytest
 
-from tests.e2e.conftest import Up, free_ports, wait_until
+from tests.e2e.conftest import Up, free_ports, tidegate, wait_until
 
 MODEL = "SmolLM2-135M-Instruct"
 HELLO: list[openai.types.chat.ChatCompletionMessageParam] = [{"role": "user", "content": "Hello"}]
-
-
-def tidegate(*arguments: str, cwd: Path, environ: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "deploy", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        cwd=cwd,
-        env={**os.environ, **(environ or {})},
-    )
 
 
 def long_stream(up: Up, tokens: int) -> openai.Stream[openai.types.chat.ChatCompletionChunk]:
