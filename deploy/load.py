@@ -72,7 +72,7 @@ def _gateway(before: Sample | None, now: Sample) -> str:
     running, queued = (now.totals.get(name, 0.0) for name in ("tidegate_leases", "tidegate_queue_requests"))
     requests = _rate(before, now, "tidegate_requests_total:finished")
     tokens = _rate(before, now, "tidegate_tokens_total:output")
-    return f"{running:.0f} running, {queued:.0f} queued, {requests:.1f} requests/s, {tokens:.0f} tokens/s"
+    return f"{running:.0f} running, {queued:.0f} queued, {requests:.1f} req/s, {tokens:.0f} tok/s"
 
 
 def _rate(before: Sample | None, now: Sample, name: str) -> float:

@@ -13,6 +13,7 @@ from rich.text import Text
 from deploy.stack import PartStatus
 
 REFRESH_S = 0.5
+COLUMNS = 6
 STYLES = {"ready": "green", "starting": "yellow", "waiting": "red", "silent": "red", "stopping": "yellow"}
 
 
@@ -46,6 +47,8 @@ class View:
 
 def status_table(parts: Sequence[PartStatus], details: Mapping[str, str]) -> Table:
     table = Table.grid(padding=(0, 2))
+    for _ in range(COLUMNS):
+        table.add_column(no_wrap=True)
     for part in parts:
         restarts = f"{part.restarts} restarts" if part.restarts else ""
         table.add_row(

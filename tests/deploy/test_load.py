@@ -28,14 +28,14 @@ NAMES = {"127.0.0.1:9101": "worker-1"}
 def test_rates_are_of_finished_requests_and_output_tokens() -> None:
     before, now = parse(TEXT % (10, 100), 1.0), parse(TEXT % (14, 500), 3.0)
     assert phrases(before, now, NAMES) == {
-        "gateway": "3 running, 2 queued, 2.0 requests/s, 200 tokens/s",
+        "gateway": "3 running, 2 queued, 2.0 req/s, 200 tok/s",
         "worker-1": "3 running, 1 waiting, KV 25%",
     }
 
 
 def test_restarted_gateway_has_no_negative_rate() -> None:
     before, now = parse(TEXT % (10, 100), 1.0), parse(TEXT % (0, 0), 2.0)
-    assert "0.0 requests/s, 0 tokens/s" in phrases(before, now, NAMES)["gateway"]
+    assert "0.0 req/s, 0 tok/s" in phrases(before, now, NAMES)["gateway"]
 
 
 def test_silent_gateway_says_nothing() -> None:
