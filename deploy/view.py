@@ -5,15 +5,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 
-from rich.console import Console
+from rich.console import Console, Group
 from rich.live import Live
-from rich.table import Table
 from rich.text import Text
 
 from deploy.stack import PartStatus
 
 REFRESH_S = 0.5
-COLUMNS = 6
 STYLES = {"ready": "green", "starting": "yellow", "waiting": "red", "silent": "red", "stopping": "yellow"}
 
 
@@ -42,21 +40,20 @@ class View:
         now_s = time.monotonic()
         if self._live is not None and now_s - self._shown_s >= REFRESH_S:
             self._shown_s = now_s
-            self._live.update(status_table(parts, self._details()), refresh=True)
+            self._live.update(status_lines(parts, self._details()), refresh=True)
 
 
-def status_table(parts: Sequence[PartStatus], details: Mapping[str, str]) -> Table:
-    table = Table.grid(padding=(0, 2))
-    for _ in range(COLUMNS):
-        table.add_column(no_wrap=True)
-    for part in parts:
-        restarts = f"{part.restarts} restarts" if part.restarts else ""
-        table.add_row(
-            Text(part.name, style="bold"),
-            Text(part.state, style=STYLES.get(part.state, "")),
-            f"pid {part.pid}" if part.pid else "",
-            part.address,
-            details.get(part.name, ""),
-            Text(restarts, style="red"),
-        )
-    return table
+def status_lines(parts: Sequence[PartStatus], details: Mapping[str, str]) -> Group:
+    """One line per part; a narrow terminal cuts it rather than wrapping it."""
+    name_width = max((len(part.name) for part in parts), default=0)
+    return Group(*(_line(part, name_width, details.get(part.name, "")) for part in parts))
+
+
+def _line(part: PartStatus, name_width: int, details: str) -> Text:
+    line = Text(no_wrap=True, overflow="ellipsis")
+    line.append(f"{part.name:<{name_width}}  ", "bold")
+    line.append(f"{part.state:<8}  ", STYLES.get(part.state, ""))
+    line.append(f"{f'pid {part.pid}' if part.pid else '':<11}  {part.address:<15}  {details}")
+    if part.restarts:
+        line.append(f"  {part.restarts} restarts", "red")
+    return line

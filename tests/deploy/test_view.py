@@ -5,7 +5,7 @@ import io
 from rich.console import Console
 
 from deploy.stack import PartStatus
-from deploy.view import View, status_table
+from deploy.view import View, status_lines
 
 PARTS = [
     PartStatus("gateway", "ready", 12345, "127.0.0.1:8000", 0),
@@ -16,7 +16,7 @@ DETAILS = {"gateway": "12 running, 3 queued, 10.5 req/s, 1234 tok/s"}
 
 def test_every_part_is_one_line_however_narrow_the_terminal() -> None:
     console = Console(file=io.StringIO(), width=60, force_terminal=False)
-    console.print(status_table(PARTS, DETAILS))
+    console.print(status_lines(PARTS, DETAILS))
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert [line.split()[0] for line in lines] == ["gateway", "worker-1"]
 
