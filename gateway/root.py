@@ -30,7 +30,7 @@ from gateway.settings import Capture, GatewaySettings, Tracing
 from gateway.tracing import SpanBuilder, TraceWriter
 from protos.core.capture import CaptureWriter
 from protos.core.clock import SYSTEM_CLOCK
-from protos.core.errors import ConfigError, TidegateError
+from protos.core.errors import ConfigError, ProtocolMismatch, TidegateError
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -52,9 +52,9 @@ def run(settings: GatewaySettings) -> None:
     """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start."""
     version = importlib.metadata.version("tidegate")
     _allow_open_files()
-    public = _listen(settings.host, settings.port, "--port")
-    operator = _listen(settings.operator_host, settings.operator_port, "--operator-port")
     with contextlib.ExitStack() as stack:
+        public = stack.enter_context(_listen(settings.host, settings.port, "--port"))
+        operator = stack.enter_context(_listen(settings.operator_host, settings.operator_port, "--operator-port"))
         capture = _open_capture(settings, version)
         if capture is not None:
             stack.callback(capture.close)
@@ -92,7 +92,7 @@ async def _serve(
             clock=SYSTEM_CLOCK,
         )
         sessions = fleet.start(tasks)
-        sessions.append(tasks.create_task(_refuse_mismatch(fleet)))
+        refusal = tasks.create_task(_refusal(fleet, stop))
         servers = [
             _server(public_app(pipeline, fleet, scheduler)),
             _server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
@@ -112,16 +112,20 @@ async def _serve(
         for server in servers:
             server.should_exit = True
         await asyncio.wait(running)
-        for session in sessions:
-            session.cancel()
+        for task in (*sessions, refusal):
+            task.cancel()
+    if not refusal.cancelled() and (mismatch := refusal.result()):
+        raise mismatch
     log.info("%s: stopped", settings.name)
 
 
-async def _refuse_mismatch(fleet: Fleet) -> None:
-    """A gateway none of whose workers speaks its protocol does not start."""
+async def _refusal(fleet: Fleet, stop: asyncio.Event) -> ProtocolMismatch | None:
+    """A gateway none of whose workers speaks its protocol stops, and says why."""
     await fleet.first_answer()
-    if mismatch := fleet.mismatch():
-        raise mismatch
+    mismatch = fleet.mismatch()
+    if mismatch is not None:
+        stop.set()
+    return mismatch
 
 
 def _server(app: Litestar) -> _Server:
