@@ -467,7 +467,7 @@ class ScriptedWorker:
         await self._server.start()
 
     async def stop(self) -> None:
-        """Drops every session."""
+        """Close the port. After its gateways: gRPC's stop may hang when one connects again meanwhile."""
         await self._server.stop(None)
 
     async def _session(self, frames: AsyncIterator[GatewayFrame], context: Any) -> None:

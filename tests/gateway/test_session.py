@@ -140,43 +140,37 @@ async def test_load_and_draining_are_reported() -> None:
 
 
 async def test_dropped_session_fails_every_slot_once_and_reconnects() -> None:
-    worker = ScriptedWorker(say_nothing)
-    await worker.start()
-    async with connected(worker.address) as (session, listener, _):
+    async with scripted_worker(say_nothing) as worker, connected(worker.address) as (session, listener, _):
         await listener.until("ready")
         sinks = [FakeSink() for _ in range(5)]
         for sink in sinks:
             submit(session, sink)
         peer = worker.sessions[0]
         await asyncio.wait_for(peer.until(lambda: len(peer.submits) == 5), 5)
-        await worker.stop()
-        await listener.until("lost")
-        assert all(sink.ends == ["lost"] for sink in sinks)
-        again = ScriptedWorker(echo)
-        again.port = worker.port
-        await again.start()
+        worker.script = echo
+        peer.close(grpc.StatusCode.UNAVAILABLE)
         await listener.until("ready", 2)
+        assert all(sink.ends == ["lost"] for sink in sinks)
         sink = FakeSink()
         assert submit(session, sink, "back") == 6, "slots are never used again"
         await asyncio.wait_for(sink.ended.wait(), 5)
         assert sink.text == "back"
         assert all(sink.ends == ["lost"] for sink in sinks)
         assert listener.heard == ["ready", "lost", "ready"]
-        await again.stop()
 
 
 async def test_gateway_waits_for_a_worker_that_is_not_there_yet() -> None:
     worker = ScriptedWorker()
     await worker.start()
     await worker.stop()
+    late = ScriptedWorker()
+    late.port = worker.port
     async with connected(worker.address) as (session, listener, _):
-        await asyncio.sleep(0.1)
+        await eventually(lambda: session.last_error)
         assert session.state == "connecting"
-        late = ScriptedWorker()
-        late.port = worker.port
         await late.start()
         await listener.until("ready")
-        await late.stop()
+    await late.stop()
 
 
 async def test_silent_worker_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
