@@ -144,6 +144,10 @@ class WorkerSession:
             try:
                 await self._converse(call)
             except Exception as error:
+                # A task group whose child fails while the group is cancelled forgets the cancellation (Python 3.11).
+                task = asyncio.current_task()
+                if task is not None and task.cancelling():
+                    raise asyncio.CancelledError from error
                 return await self._explain(_first(error), call)
             finally:
                 call.cancel()
