@@ -1,4 +1,4 @@
-"""Real processes: `tidegate up` on free ports, once per engine and session."""
+"""Real processes: `tidegate up` on free ports, once per test module."""
 
 from __future__ import annotations
 
@@ -134,7 +134,7 @@ def wait_until(condition: Any, what: str, timeout_s: float = STARTUP_S) -> None:
         time.sleep(POLL_S)
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def vllm_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Real vLLM on the processor with the small model."""
     folder = tmp_path_factory.mktemp("vllm")
@@ -142,7 +142,7 @@ def vllm_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
         yield up
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def sim_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Up]:
     """Two simulated workers, for tests that kill parts: whatever they kill comes back."""
     with Up(tmp_path_factory.mktemp("sim"), "--backend", "sim", "--workers", "2") as up:
