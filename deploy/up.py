@@ -174,7 +174,7 @@ def next_steps(settings: UpSettings, model: str) -> str:
 Try next, in another terminal:
 
   curl -N {url}/v1/chat/completions -H 'content-type: application/json' -d '{{
-    "model": "{model}", "stream": true,
+    "model": "{model}", "stream": true, "temperature": 0,
     "messages": [{{"role": "user", "content": "What is the capital of France?"}}]}}'
 
   .venv/bin/tidegate capture ls {captures}
