@@ -33,9 +33,11 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_num_batched_tokens: int | None = None
 
     dtype: str = "auto"
+    """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""
     quantization: str | None = None
     tensor_parallel_size: int = 1
-    enforce_eager: bool = False
+    enforce_eager: bool | None = None
+    """Skip compiling: by default on a CPU only, where it takes minutes."""
     gpu_memory_utilization: float | None = None
     """Share of a GPU's memory that vLLM may use."""
     kv_cache_gib: float | None = None

@@ -14,6 +14,7 @@ import difflib
 import itertools
 import logging
 import os
+import platform
 import re
 from typing import Any
 
@@ -281,13 +282,15 @@ def _set_environment(settings: EngineSettings) -> None:
 def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:
     from vllm.platforms import current_platform
 
-    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if current_platform.is_cpu() else None)
+    is_cpu = current_platform.is_cpu()
+    kv_cache_gib = settings.kv_cache_gib or (CPU_KV_CACHE_GIB if is_cpu else None)
+    is_eager = is_cpu if settings.enforce_eager is None else settings.enforce_eager
     arguments: dict[str, Any] = {
         "model": source,
         "served_model_name": list(settings.names),
-        "dtype": settings.dtype,
+        "dtype": "float32" if settings.dtype == "auto" and is_cpu and _emulates_bf16() else settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel_size,
-        "enforce_eager": settings.enforce_eager,
+        "enforce_eager": is_eager,
         "scheduling_policy": "priority",
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_num_seqs,
@@ -297,6 +300,14 @@ def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30) if kv_cache_gib else None,
     }
     return {name: value for name, value in arguments.items() if value is not None} | settings.vllm
+
+
+def _emulates_bf16() -> bool:
+    """x86 without AVX-512 BF16 or AMX: SmolLM2 gave 29 tokens/s in bf16 there, and 150 in float32."""
+    import torch
+
+    is_native = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return platform.machine() == "x86_64" and not is_native
 
 
 def _check_arguments(arguments: dict[str, Any], known: set[str]) -> None:

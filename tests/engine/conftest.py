@@ -25,7 +25,6 @@ SETTINGS = f"""
 max_model_len = {CONTEXT_TOKENS}
 max_num_seqs = 16
 max_num_batched_tokens = 512
-enforce_eager = true
 kv_cache_gib = 0.5
 
 [engine.sim]
