@@ -115,22 +115,18 @@ class WorkerSession:
     async def run(self) -> None:
         """Keep the session open. Backs off with jitter between attempts."""
         backoff_s = BACKOFF_SECONDS[0]
-        while True:
-            reason = await self._connect_once()
-            was_ready = self.state == "ready"
-            self.state = "refused" if self.mismatch else "connecting"
-            if reason != self.last_error or was_ready:
-                running = f"; {len(self._sinks)} requests were running" if self._sinks else ""
-                log.warning("worker %s: %s%s", self.address, reason, running)
-                self.last_error = reason
-            self._end(reason)
-            if self.mismatch:
-                self._listener.worker_refused(self)
-            if was_ready:
-                backoff_s = BACKOFF_SECONDS[0]
-            wait_s = MISMATCH_SECONDS if self.mismatch else backoff_s
-            await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
-            backoff_s = min(backoff_s * 2, BACKOFF_SECONDS[1])
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                # As a task that is waited for, not awaited: Python 3.11's TaskGroup drops a cancellation that meets a
+                # failing child, so a cancelled conversation may return as if it had only failed.
+                conversation = tasks.create_task(self._connect_once())
+                await asyncio.wait([conversation])
+                was_ready = self._end(conversation.result())
+                if was_ready:
+                    backoff_s = BACKOFF_SECONDS[0]
+                wait_s = MISMATCH_SECONDS if self.mismatch else backoff_s
+                await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
+                backoff_s = min(backoff_s * 2, BACKOFF_SECONDS[1])
 
     async def _connect_once(self) -> str:
         """One session from connect to loss; returns why it ended."""
@@ -144,10 +140,6 @@ class WorkerSession:
             try:
                 await self._converse(call)
             except Exception as error:
-                # A task group whose child fails while the group is cancelled forgets the cancellation (Python 3.11).
-                task = asyncio.current_task()
-                if task is not None and task.cancelling():
-                    raise asyncio.CancelledError from error
                 return await self._explain(_first(error), call)
             finally:
                 call.cancel()
@@ -248,8 +240,17 @@ class WorkerSession:
             sent_ns, received_ns = frame.pong
             self._offset.add(sent_ns, received_ns, self._clock.mono_ns())
 
-    def _end(self, reason: str) -> None:
-        """Fail every slot exactly once. New submits are impossible: the listener has forgotten this worker first."""
+    def _end(self, reason: str) -> bool:
+        """The session is over: fail every slot exactly once. Returns whether it was ready.
+
+        New submits are impossible: the listener forgets this worker first.
+        """
+        was_ready = self.state == "ready"
+        self.state = "refused" if self.mismatch else "connecting"
+        if reason != self.last_error or was_ready:
+            running = f"; {len(self._sinks)} requests were running" if self._sinks else ""
+            log.warning("worker %s: %s%s", self.address, reason, running)
+            self.last_error = reason
         if self.welcome is not None:
             self.welcome = None
             self._listener.worker_lost(self, reason)
@@ -259,6 +260,9 @@ class WorkerSession:
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.lost(reason)
+        if self.mismatch:
+            self._listener.worker_refused(self)
+        return was_ready
 
     async def _explain(self, error: Exception, call: Any) -> str:
         """Why the session ended, in one line. A bug ends the session, not the gateway."""
