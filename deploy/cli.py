@@ -16,7 +16,7 @@ from deploy.demo import demo
 from deploy.lifecycle import EXIT_MISCONFIGURED
 from deploy.up import up
 from engine.cli import engine, model_app
-from gateway.cli import gateway
+from gateway.cli import gateway, key_app
 from protos.core.errors import TidegateError
 from replay.cli import capture_app, replay_app, workload_app
 
@@ -34,6 +34,7 @@ app.command()(demo)
 app.command()(gateway)
 app.command()(engine)
 app.add_typer(model_app, name="model")
+app.add_typer(key_app, name="key")
 app.add_typer(capture_app, name="capture")
 app.add_typer(replay_app, name="replay")
 app.add_typer(workload_app, name="workload")

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import random
+
 from gateway.calls import Call
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.tenants import Band
+from gateway.terms import Terms
 from protos.core.errors import InvalidRequest, Overloaded, RequestError, Unavailable, UnknownModel
+
+LONGEST_RETRY_S = 60.0
 
 
 def resolve_model(call: Call, scheduler: Scheduler) -> str | RequestError:
@@ -42,15 +48,43 @@ def check_lengths(call: Call, model: str, scheduler: Scheduler, limits: Limits) 
     return None
 
 
-def check_queue(size_bytes: int, scheduler: Scheduler, limits: Limits) -> RequestError | None:
+def check_queue(
+    size_bytes: int, model: str, scheduler: Scheduler, limits: Limits, band_number: int, band: Band
+) -> RequestError | None:
     """Is there room to wait?"""
-    if scheduler.queued >= limits.queue_requests or scheduler.queued_bytes + size_bytes > limits.queue_bytes:
-        return queue_full()
-    return None
+    is_band_full = band.queue_requests is not None and scheduler.queued_in(band_number) >= band.queue_requests
+    is_full = scheduler.queued >= limits.queue_requests or scheduler.queued_bytes + size_bytes > limits.queue_bytes
+    if not (is_band_full or is_full):
+        return None
+    return Overloaded(
+        "the queue is full; retry later", reason="queue_full", retry_after_s=retry_after_s(model, scheduler)
+    )
 
 
-def queue_full() -> RequestError:
-    return Overloaded("the queue is full; retry later", reason="queue_full", retry_after_s=1.0)
+def check_forecast(call: Call, model: str, tenant: str, terms: Terms, scheduler: Scheduler) -> RequestError | None:
+    """Would the request be too late for its own deadline? Only sheddable requests behind a queue are asked."""
+    if not terms.is_sheddable:
+        return None
+    safe_ns = scheduler.safe_ttft_ns(model, terms.band, tenant, call.prompt_tokens_estimate)
+    if safe_ns is None or safe_ns <= terms.first_token_ns:
+        return None
+    return too_late(terms, model, scheduler)
+
+
+def too_late(terms: Terms, model: str, scheduler: Scheduler) -> RequestError:
+    """The first token would come, or has not come, in time."""
+    return Overloaded(
+        f"no first token within {terms.first_token_ns / 1e9:g} s under the present load; retry later",
+        reason="deadline",
+        retry_after_s=retry_after_s(model, scheduler),
+    )
+
+
+def retry_after_s(model: str, scheduler: Scheduler) -> float:
+    """Until half of the model's queue has drained, with jitter, so that the refused do not come back together."""
+    interval_ns = scheduler.drain_ns(model)
+    drained_s = 1.0 if interval_ns is None else interval_ns * (scheduler.waiting(model) + 1) / 2e9
+    return min(LONGEST_RETRY_S, max(1.0, drained_s)) * random.uniform(0.8, 1.2)
 
 
 def no_worker() -> RequestError:

@@ -140,6 +140,8 @@ def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Rec
         "queued": scheduler.queued,
         "queued_bytes": scheduler.queued_bytes,
         "leases": len(scheduler.ledger),
+        "queue": scheduler.depths(),
+        "tenants": pipeline.tenants_in_use(),
         "workers": [
             {
                 "address": session.address,

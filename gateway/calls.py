@@ -48,6 +48,7 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: StreamOptions | None = None
     user: str | None = None
 
+    priority: str | Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
@@ -116,6 +117,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     prompt: Prompt
     prompt_bytes: bytes
     sampling: Sampling
+    priority: str | int | None = None
+    """Band by name, or by number from the top."""
     is_stream: bool = False
     wants_usage: bool = False
 
@@ -256,6 +259,7 @@ def _call(
         model=fields.model,
         prompt=prompt,
         prompt_bytes=prompt_bytes,
+        priority=fields.priority,
         is_stream=is_stream,
         wants_usage=bool(fields.stream_options and fields.stream_options.include_usage),
         sampling=Sampling(

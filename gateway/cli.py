@@ -11,6 +11,13 @@ import typer
 
 from protos.core import settings as settings_loader
 
+key_app = typer.Typer(help="API keys of tenants.", no_args_is_help=True)
+
+
+@key_app.callback()
+def keys() -> None:
+    """API keys of tenants."""
+
 
 def gateway(
     config: Annotated[Path | None, typer.Option(help="TOML file; section [gateway].")] = None,
@@ -28,23 +35,31 @@ def gateway(
     from gateway.root import run
     from gateway.settings import GatewaySettings
 
+    flags = {
+        "name": name,
+        "host": host,
+        "port": port,
+        "operator_host": operator_host,
+        "operator_port": operator_port,
+        "workers": worker or None,
+        "capture.dir": capture_dir,
+        "capture.level": capture_level,
+        "tracing.otlp_endpoint": otlp_endpoint,
+    }
+
+    def read() -> GatewaySettings:
+        return settings_loader.load(GatewaySettings, "gateway", file=config, environ=os.environ, flags=flags)
+
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)
-    settings = settings_loader.load(
-        GatewaySettings,
-        "gateway",
-        file=config,
-        environ=os.environ,
-        flags={
-            "name": name,
-            "host": host,
-            "port": port,
-            "operator_host": operator_host,
-            "operator_port": operator_port,
-            "workers": worker or None,
-            "capture.dir": capture_dir,
-            "capture.level": capture_level,
-            "tracing.otlp_endpoint": otlp_endpoint,
-        },
-    )
-    run(settings)
+    run(read(), read, config)
+
+
+@key_app.command("new")
+def new() -> None:
+    """Make an API key: give the key to the client, put the hash into [gateway.tenants.NAME] keys."""
+    from gateway.tenants import new_key
+
+    key, key_hash = new_key()
+    typer.echo(f"key   {key}")
+    typer.echo(f"hash  {key_hash}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgspec
@@ -69,6 +69,8 @@ class Exchange:
         self.body = b""
         self.call: Call | None = None
         self.model = ""
+        self.tenant = "anonymous"
+        self.priority = ""
         self.worker: str | None = None
         self.worker_model: ModelInfo | None = None
         self.answer: Answer | None = None
@@ -82,6 +84,11 @@ class Exchange:
         self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
         self.output_tokens = 0
+        self.charged_tokens = 0
+        """Output tokens that the tenant was charged for; beyond them, `on_overrun` is called."""
+        self.on_overrun: Callable[[], None] = _nothing
+        self.on_started: Callable[[], None] = _nothing
+        """Called when the first token has come."""
         self.is_deaf = False
         """Nothing more goes to the client."""
         self.watcher: asyncio.Task[None] | None = None
@@ -156,6 +163,11 @@ class Exchange:
         return self.output_tokens > 0
 
     @property
+    def tokens(self) -> int:
+        """What the request took: prompt and output tokens, as far as it came."""
+        return (self.prompt_tokens or 0) + self.output_tokens
+
+    @property
     def usage(self) -> Usage:
         return Usage(self.prompt_tokens or 0, self.output_tokens, self.cached_tokens or 0)
 
@@ -169,6 +181,7 @@ class Exchange:
         self.cached_tokens = event.cached_tokens
         self.timeline.take_stamps(event.stamps, offset_ns)
         self.timeline.last_token_ns = 0  # it is the first token's, until the worker says `finished`
+        self.on_started()
 
     def delta(
         self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
@@ -181,6 +194,8 @@ class Exchange:
             if gap_ns > self._max_gap_ns:
                 self._max_gap_ns = gap_ns
         self._last_delta_ns = now_ns
+        if self.output_tokens > self.charged_tokens:
+            self.on_overrun()
         if not text and not logprobs:
             return
         if not self._first_token_ns:
@@ -274,6 +289,7 @@ class Exchange:
             "phases_ns": dict(phases.present()),
             "total_ns": now_ns - self.timeline.arrived_ns,
             "unattributed_ns": unattributed_ns,
+            "first_token_at_ns": self._after_arrival(self._first_token_ns),
             "preemptions": self.finish.preemptions if self.finish else 0,
             "cached_tokens": self.cached_tokens or 0,
         }
@@ -292,6 +308,8 @@ class Exchange:
             is_sampled=identity.is_sampled,
             endpoint=self.endpoint,
             model=self.model,
+            tenant=self.tenant,
+            priority=self.priority,
             session=identity.session,
             is_stream=self.call.is_stream if self.call else False,
             arrived_unix_ns=timeline.arrived_unix_ns,
@@ -343,3 +361,7 @@ def _join(rows: list[Row]) -> list[Row]:
             open_rows.pop(choice, None)
         joined.append((choice, text, logprobs))
     return joined
+
+
+def _nothing() -> None:
+    pass

@@ -31,6 +31,11 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True):
     replay_of: str | None
     session: str | None
     wants_timing: bool
+    tenant: str | None
+    """What the client says; the pipeline checks it."""
+    priority: str | None
+    ttft_ms: str | None
+    deadline_ms: str | None
 
     @property
     def traceparent(self) -> str:
@@ -45,6 +50,10 @@ _WANTED = {
         telemetry.REPLAY_OF,
         telemetry.SESSION,
         telemetry.TIMING,
+        telemetry.TENANT,
+        telemetry.PRIORITY,
+        telemetry.TTFT_MS,
+        telemetry.DEADLINE_MS,
     )
 }
 
@@ -63,7 +72,16 @@ def identify(headers: Iterable[tuple[bytes, bytes]]) -> Identity:
         replay_of=_traceparent(found.get(telemetry.REPLAY_OF)),
         session=_token(found.get(telemetry.SESSION)),
         wants_timing=found.get(telemetry.TIMING) == "1",
+        tenant=_token(found.get(telemetry.TENANT)),
+        priority=found.get(telemetry.PRIORITY),
+        ttft_ms=found.get(telemetry.TTFT_MS),
+        deadline_ms=found.get(telemetry.DEADLINE_MS),
     )
+
+
+def authorization(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
+    """The header that holds the API key. Not part of an Identity: what is kept there may be printed."""
+    return next((value.decode("latin-1") for name, value in headers if name == b"authorization"), None)
 
 
 def new_id(bits: int) -> str:

@@ -22,12 +22,14 @@ from prometheus_client.registry import Collector
 
 from gateway.fleet import Fleet
 from gateway.scheduler import Scheduler
+from protos.core.clock import Clock
 from protos.core.contract import Load
 from protos.core.journal import JournalStats
 from protos.core.record import PHASES, RequestRecord
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
+MAX_TENANTS = 50
 JournalSource = Callable[[], JournalStats | None]
 TraceSource = Callable[[], tuple[int, int]]
 """(exported, dropped) traces."""
@@ -71,6 +73,11 @@ class Metrics:
         self._tokens = Counter(
             "tidegate_tokens", "Tokens of settled requests", ("model", "kind"), registry=self.registry
         )
+        self._tenant_requests = Counter(
+            "tidegate_tenant_requests", "Settled requests", ("tenant", "priority", "outcome"), registry=self.registry
+        )
+        self._tenant_tokens = Counter("tidegate_tenant_tokens", "Tokens", ("tenant", "kind"), registry=self.registry)
+        self._tenant_names = TenantNames()
         self._retries = Counter("tidegate_retries", "Attempts after the first", ("model",), registry=self.registry)
         self._ttft = self._histogram("tidegate_ttft_seconds", "Arrival to first content", of_request, SECONDS)
         self._tpot = self._histogram(
@@ -90,6 +97,10 @@ class Metrics:
         """Count one settled request."""
         model, endpoint = record.model, record.endpoint
         self._requests.labels(endpoint, model, record.outcome.value, record.status, record.reject_reason or "").inc()
+        tenant = self._tenant_names.label(record.tenant)
+        self._tenant_requests.labels(tenant, record.priority, record.outcome.value).inc()
+        self._tenant_tokens.labels(tenant, "prompt").inc(record.prompt_tokens or 0)
+        self._tenant_tokens.labels(tenant, "output").inc(record.output_tokens)
         for name, value_ns in record.phases.present():
             self._phase_of[name].observe(value_ns / 1e9)
         if record.unattributed_ns:
@@ -114,22 +125,58 @@ class Metrics:
         return Histogram(name, text, tuple(labels), buckets=buckets, registry=self.registry)
 
 
+class TenantNames:
+    """Tenants as labels: the first MAX_TENANTS by name, all later ones together, so that label sets stay bounded."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def label(self, tenant: str) -> str:
+        if tenant in self._names:
+            return tenant
+        if len(self._names) >= MAX_TENANTS:
+            return "other"
+        self._names.add(tenant)
+        return tenant
+
+
 class StateCollector(Collector):
     """What is true now: queue, leases, workers, capture."""
 
-    def __init__(self, scheduler: Scheduler, fleet: Fleet, capture: JournalSource, traces: TraceSource) -> None:
+    def __init__(
+        self, scheduler: Scheduler, fleet: Fleet, capture: JournalSource, traces: TraceSource, clock: Clock
+    ) -> None:
         self._scheduler = scheduler
         self._fleet = fleet
+        self._clock = clock
         self._capture = capture
         self._traces = traces
+        self._tenant_names = TenantNames()
 
     def collect(self) -> Iterator[Metric]:
         scheduler = self._scheduler
         yield GaugeMetricFamily("tidegate_queue_requests", "Requests waiting for a worker", scheduler.queued)
         yield GaugeMetricFamily("tidegate_queue_bytes", "Bodies of waiting requests", scheduler.queued_bytes)
         yield GaugeMetricFamily("tidegate_leases", "Requests running on workers", len(scheduler.ledger))
+        yield from self._queue()
         yield from self._workers()
         yield from self._pipes()
+
+    def _queue(self) -> Iterator[Metric]:
+        labels = ("model", "band", "tenant")
+        depth = GaugeMetricFamily("tidegate_queue_depth", "Requests waiting, by band and tenant", labels=labels)
+        oldest = GaugeMetricFamily("tidegate_queue_oldest_seconds", "Wait of the oldest of them", labels=labels)
+        now_ns = self._clock.mono_ns()
+        waiting: dict[tuple[str, str, str], tuple[int, int]] = {}
+        for item in self._scheduler.depths():
+            values = (item.model, str(item.band), self._tenant_names.label(item.tenant))
+            requests, oldest_ns = waiting.get(values, (0, now_ns))
+            waiting[values] = (requests + item.requests, min(oldest_ns, item.oldest_ns))
+        for values, (requests, oldest_ns) in waiting.items():
+            depth.add_metric(values, requests)
+            oldest.add_metric(values, (now_ns - oldest_ns) / 1e9)
+        yield depth
+        yield oldest
 
     def _workers(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("tidegate_worker_ready", "1 when the session is open", labels=("worker",))

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import itertools
 import logging
 from collections.abc import Awaitable, Callable
@@ -17,11 +18,16 @@ from gateway.answers import Answer, error_event, render_error
 from gateway.calls import Call, Parser
 from gateway.exchange import Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
 from gateway.fleet import Fleet
-from gateway.identity import identify
+from gateway.identity import authorization, identify
+from gateway.lengths import OutputLengths
+from gateway.order import Ticket
 from gateway.outlet import Headers, Outlet, Send
+from gateway.quota import Grant, Quotas
 from gateway.recorder import Recorder
-from gateway.scheduler import Scheduler, Ticket
+from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.tenants import TenantTable
+from gateway.terms import Terms, agree, check_model
 from gateway.timeline import Timeline
 from protos.core.clock import Clock
 from protos.core.contract import Failed, FailureKind, Finished
@@ -64,6 +70,7 @@ class Pipeline:
         self,
         *,
         limits: Limits,
+        tenants: TenantTable,
         scheduler: Scheduler,
         fleet: Fleet,
         recorder: Recorder,
@@ -71,6 +78,10 @@ class Pipeline:
         clock: Clock,
     ) -> None:
         self.is_draining = False
+        self.tenants = tenants
+        """Replaced as a whole when the configuration is read again."""
+        self._quotas = Quotas()
+        self._lengths = OutputLengths()
         self._limits = limits
         self._scheduler = scheduler
         self._fleet = fleet
@@ -89,6 +100,13 @@ class Pipeline:
     def active(self) -> int:
         """Requests that have arrived and not settled."""
         return len(self._active)
+
+    def tenants_in_use(self) -> dict[str, dict[str, float]]:
+        """For operators: requests under way and weighted tokens served, by tenant."""
+        return {
+            name: {"running": self._quotas.running(name), "served": self._scheduler.counters.counter(name)}
+            for name in self._quotas.tenants()
+        }
 
     async def drain(self, limit_s: float) -> bool:
         """Refuse what comes, and wait for what runs; False when some was still running after `limit_s`."""
@@ -125,6 +143,9 @@ class Pipeline:
     async def _run(self, exchange: Exchange, endpoint: Endpoint, receive: Receive, headers: Headers) -> End:
         if self.is_draining:
             return admission.draining()
+        refusal = self._authenticate(exchange, headers)
+        if refusal is not None:
+            return refusal
         body = await self._receive(receive, headers)
         if not isinstance(body, bytes):
             return body
@@ -133,24 +154,39 @@ class Pipeline:
         exchange.timeline.received_ns = self._clock.mono_ns()
         if isinstance(call, RequestError):
             return call
-        refusal = self._admit(exchange, call, endpoint)
-        if refusal is not None:
-            return refusal
+        terms = self._admit(exchange, call, endpoint)
+        if isinstance(terms, RequestError):
+            return terms
+        grant = self._claim(exchange, call)
+        if isinstance(grant, RequestError):
+            return grant
         exchange.watcher = self._tasks.create_task(_watch(receive, exchange))
-        return await self._queue_and_attempt(exchange, call)
+        try:
+            return await self._queue_and_attempt(exchange, call, terms)
+        finally:
+            self._quotas.settle(grant, exchange.tokens, self._clock.mono_ns())
 
-    async def _queue_and_attempt(self, exchange: Exchange, call: Call) -> End:
+    async def _queue_and_attempt(self, exchange: Exchange, call: Call, terms: Terms) -> End:
         """Wait for a worker and run there; once more elsewhere when an attempt fails before its first token."""
         avoid: tuple[str, ...] = ()
         for attempt in itertools.count(1):
-            placed = await self._queue(exchange, call, avoid)
+            placed = await self._queue(exchange, call, terms, avoid)
             if not isinstance(placed, Placed):
                 return placed
-            end = await self._attempt(exchange, call, placed)
+            end = await self._attempt(exchange, call, terms, placed)
             if not _is_retryable(end) or exchange.has_output or attempt >= self._limits.attempts:
-                return self._translate(end, exchange)
+                return _translate(end, exchange, terms)
             avoid = (*avoid, placed.worker)
         raise AssertionError("unreachable")
+
+    # -- authenticate
+
+    def _authenticate(self, exchange: Exchange, headers: Headers) -> RequestError | None:
+        tenant = self.tenants.authenticate(authorization(headers), exchange.identity.tenant)
+        if isinstance(tenant, RequestError):
+            return tenant
+        exchange.tenant = tenant
+        return None
 
     # -- receive
 
@@ -167,12 +203,23 @@ class Pipeline:
 
     # -- admit
 
-    def _admit(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> RequestError | None:
+    def _admit(self, exchange: Exchange, call: Call, endpoint: Endpoint) -> Terms | RequestError:
+        """On which terms the request may wait for a worker, or why it may not."""
+        tenant = self.tenants.get(exchange.tenant)
         model = admission.resolve_model(call, self._scheduler)
         if isinstance(model, RequestError):
             return model
-        refusal = admission.check_lengths(call, model, self._scheduler, self._limits) or admission.check_queue(
-            len(exchange.body), self._scheduler, self._limits
+        terms = agree(exchange.identity, call, tenant, self.tenants, self._limits)
+        if isinstance(terms, RequestError):
+            return terms
+        exchange.priority = terms.band_name
+        refusal = (
+            check_model(model, tenant)
+            or admission.check_lengths(call, model, self._scheduler, self._limits)
+            or admission.check_queue(
+                len(exchange.body), model, self._scheduler, self._limits, terms.band, self.tenants.bands[terms.band]
+            )
+            or admission.check_forecast(call, model, exchange.tenant, terms, self._scheduler)
         )
         if refusal is not None:
             return refusal
@@ -183,25 +230,44 @@ class Pipeline:
             wants_usage=call.wants_usage,
         )
         exchange.prepare(call, model, answer)
-        exchange.timeline.admitted_ns = self._clock.mono_ns()
-        return None
+        return terms
+
+    def _claim(self, exchange: Exchange, call: Call) -> Grant | RequestError:
+        """The request's part of its tenant's limits. Last, so that a refused request takes nothing."""
+        now_ns = self._clock.mono_ns()
+        tokens = call.prompt_tokens_estimate + self._predict_output(exchange, call)
+        tenant = self.tenants.get(exchange.tenant)
+        grant = self._quotas.admit(exchange.tenant, tenant, tokens, now_ns, self._clock.wall_ns())
+        if isinstance(grant, Grant):
+            exchange.timeline.admitted_ns = now_ns
+        return grant
+
+    def _predict_output(self, exchange: Exchange, call: Call) -> int:
+        return self._lengths.predict(exchange.tenant, call.sampling.max_tokens, call.sampling.n)
 
     # -- queue
 
-    async def _queue(self, exchange: Exchange, call: Call, avoid: tuple[str, ...]) -> Placed | RequestError | Gone:
-        limits, number = self._limits, exchange.number
-        deadline_ns = exchange.timeline.arrived_ns + int(limits.first_token_s * 1e9)
+    async def _queue(
+        self, exchange: Exchange, call: Call, terms: Terms, avoid: tuple[str, ...]
+    ) -> Placed | RequestError | Gone:
+        number, arrived_ns = exchange.number, exchange.timeline.arrived_ns
         self._scheduler.enqueue(
             Ticket(
                 request=number,
                 model=exchange.model,
+                tenant=exchange.tenant,
+                weight=terms.weight,
+                band=terms.band,
                 sequences=call.sampling.n,
-                tokens=call.prompt_tokens_estimate + (call.sampling.max_tokens or 0),
+                input_tokens=call.prompt_tokens_estimate,
+                output_tokens=self._predict_output(exchange, call),
                 size_bytes=len(exchange.body),
-                deadline_ns=deadline_ns,
+                arrived_ns=arrived_ns,
+                deadline_ns=arrived_ns + terms.first_token_ns,
+                is_sheddable=terms.is_sheddable,
+                expected_wait_ns=self._scheduler.expected_wait_ns(exchange.model, terms.band, exchange.tenant),
                 avoid=avoid,
-            ),
-            at_front=bool(avoid),
+            )
         )
         self._place_waiting()
         self._arm_expiry()
@@ -220,11 +286,7 @@ class Pipeline:
             case Gone():
                 return event
             case Overdue():
-                return Overloaded(
-                    f"no worker had room within {limits.first_token_s:g} s; retry later",
-                    reason="deadline",
-                    retry_after_s=limits.first_token_s / 2,
-                )
+                return admission.too_late(terms, exchange.model, self._scheduler)
             case Unplaceable():
                 return admission.no_worker()
             case _:
@@ -233,7 +295,10 @@ class Pipeline:
     def _place_waiting(self) -> None:
         """Hand room to waiting requests; called whenever there may be some of both."""
         now_ns = self._clock.mono_ns()
-        for placement in self._scheduler.place():
+        decided = self._scheduler.place(now_ns)
+        for number in decided.shed:
+            self._active[number].signal(Overdue())
+        for placement in decided.placed:
             exchange = self._active[placement.ticket.request]
             if not exchange.timeline.dequeued_ns:
                 exchange.timeline.dequeued_ns = now_ns
@@ -261,9 +326,18 @@ class Pipeline:
             self._active[number].signal(Overdue())
         self._arm_expiry()
 
+    def _note_start(self, exchange: Exchange) -> None:
+        """The forecast learns from what has just come true."""
+        self._scheduler.started(exchange.number, self._clock.mono_ns())
+
+    def _charge_overrun(self, exchange: Exchange) -> None:
+        """More tokens came than were predicted: the tenant pays for each as it comes."""
+        exchange.charged_tokens = exchange.output_tokens
+        self._scheduler.overran(exchange.number, exchange.output_tokens)
+
     # -- attempt
 
-    async def _attempt(self, exchange: Exchange, call: Call, placed: Placed) -> Event:
+    async def _attempt(self, exchange: Exchange, call: Call, terms: Terms, placed: Placed) -> Event:
         """Run on one worker until it says how it ended, or until the client or a deadline ends it."""
         now_ns = self._clock.mono_ns()
         if not exchange.timeline.routed_ns:
@@ -273,6 +347,9 @@ class Pipeline:
             self._scheduler.release(exchange.number)
             return Lost("left before the request was sent")
         exchange.begin_attempt(placed.worker, self._fleet.model_of(placed.worker), now_ns)
+        exchange.on_started = functools.partial(self._note_start, exchange)
+        exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
+        exchange.charged_tokens = self._scheduler.charged_tokens(exchange.number)
         slot = upstream.submit(
             exchange,
             request_id=exchange.identity.request_id,
@@ -281,7 +358,7 @@ class Pipeline:
             model=exchange.model,
             traceparent=exchange.identity.traceparent,
         )
-        timer = self._arm_timeouts(exchange)
+        timer = _Timeouts(exchange, self._clock, terms)
         event: Event = Gone()
         try:
             event = await exchange.next_event()
@@ -299,38 +376,11 @@ class Pipeline:
             timer.cancel()
             exchange.end_attempt(self._clock.mono_ns(), _attempt_error(event))
             # The lease is held until the worker has let go, so that its books and ours agree.
-            self._scheduler.release(exchange.number)
+            self._scheduler.release(exchange.number, exchange.output_tokens)
+            if isinstance(event, Finished):
+                self._lengths.learn(exchange.tenant, exchange.output_tokens, call.sampling.n)
             self._place_waiting()
         return event
-
-    def _arm_timeouts(self, exchange: Exchange) -> _Timeouts:
-        limits, timeline = self._limits, exchange.timeline
-        return _Timeouts(
-            exchange,
-            self._clock,
-            first_token_ns=timeline.arrived_ns + int(limits.first_token_s * 1e9),
-            total_ns=timeline.arrived_ns + int(limits.total_s * 1e9),
-        )
-
-    def _translate(self, end: Event, exchange: Exchange) -> End:
-        """An attempt's end as what the client is told."""
-        match end:
-            case Finished() | Gone():
-                return end
-            case Overdue() if exchange.has_output:
-                return DeadlineExceeded(f"not finished within {self._limits.total_s:g} s")
-            case Overdue():
-                return DeadlineExceeded(
-                    f"no token within {self._limits.first_token_s:g} s; retry later", retry_after_s=1.0
-                )
-            case Failed():
-                return _failure(end)
-            case Lost():
-                return Unavailable(
-                    "the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0
-                )
-            case _:
-                raise AssertionError(f"{end} ends no attempt")
 
     # -- conclude and settle
 
@@ -413,11 +463,12 @@ class Pipeline:
 class _Timeouts:
     """Two deadlines of a running request, one timer."""
 
-    def __init__(self, exchange: Exchange, clock: Clock, *, first_token_ns: int, total_ns: int) -> None:
+    def __init__(self, exchange: Exchange, clock: Clock, terms: Terms) -> None:
+        arrived_ns = exchange.timeline.arrived_ns
         self._exchange = exchange
         self._clock = clock
-        self._total_ns = total_ns
-        self._arm(min(first_token_ns, total_ns))
+        self._total_ns = arrived_ns + terms.total_ns
+        self._arm(arrived_ns + terms.first_token_ns)
 
     def cancel(self) -> None:
         self._handle.cancel()
@@ -481,6 +532,25 @@ def _is_retryable(end: Event) -> bool:
             return True
         case _:
             return False
+
+
+def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
+    """An attempt's end as what the client is told."""
+    match end:
+        case Finished() | Gone():
+            return end
+        case Overdue() if exchange.has_output:
+            return DeadlineExceeded(f"not finished within {terms.total_ns / 1e9:g} s")
+        case Overdue():
+            return DeadlineExceeded(f"no token within {terms.first_token_ns / 1e9:g} s; retry later", retry_after_s=1.0)
+        case Failed():
+            return _failure(end)
+        case Lost():
+            return Unavailable(
+                "the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0
+            )
+        case _:
+            raise AssertionError(f"{end} ends no attempt")
 
 
 def _failure(failed: Failed) -> RequestError:

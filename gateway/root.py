@@ -11,8 +11,9 @@ import resource
 import secrets
 import signal
 import socket
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +25,11 @@ from gateway.fleet import Fleet
 from gateway.metrics import Metrics, StateCollector
 from gateway.pipeline import Pipeline
 from gateway.recorder import Recorder
+from gateway.reload import Reload
 from gateway.sampling import TailSampler
 from gateway.scheduler import Scheduler
 from gateway.settings import Capture, GatewaySettings, Tracing
+from gateway.tenants import TenantTable
 from gateway.tracing import SpanBuilder, TraceWriter
 from protos.core.capture import CaptureWriter
 from protos.core.clock import SYSTEM_CLOCK
@@ -34,8 +37,11 @@ from protos.core.errors import ConfigError, ProtocolMismatch, TidegateError
 
 log = logging.getLogger("tidegate.gateway")
 
+SWITCH_SECONDS = 0.0005
+"""How long a writer thread may hold the interpreter while streams wait; Python's own 5 ms is a token's time."""
 KEEP_ALIVE_SECONDS = 75
 BACKLOG = 4096
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
 LAST_WORDS_SECONDS = 5
 """How long connections may take to close after the drain."""
 
@@ -48,10 +54,16 @@ class _Server(uvicorn.Server):
         yield
 
 
-def run(settings: GatewaySettings) -> None:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start."""
+def run(settings: GatewaySettings, read: Callable[[], GatewaySettings], file: Path | None) -> None:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError when it cannot start.
+
+    `read` gives the settings anew; it is called on SIGHUP and when `file` changes.
+    """
+    tenants = TenantTable(settings.bands, settings.tenants)
+    _check_exposure(settings, tenants)
     version = importlib.metadata.version("tidegate")
     _allow_open_files()
+    sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.ExitStack() as stack:
         public = stack.enter_context(_listen(settings.host, settings.port, "--port"))
         operator = stack.enter_context(_listen(settings.operator_host, settings.operator_port, "--operator-port"))
@@ -63,13 +75,16 @@ def run(settings: GatewaySettings) -> None:
             stack.callback(traces.close)
         try:
             with asyncio.Runner(loop_factory=_new_loop) as runner:
-                runner.run(_serve(settings, version, public, operator, capture, traces))
+                reload = Reload(read, file)
+                runner.run(_serve(settings, tenants, reload, version, public, operator, capture, traces))
         except* TidegateError as group:
             raise _first(group) from None
 
 
 async def _serve(
     settings: GatewaySettings,
+    tenants: TenantTable,
+    reload: Reload,
     version: str,
     public: socket.socket,
     operator: socket.socket,
@@ -81,10 +96,13 @@ async def _serve(
     fleet = Fleet(settings.workers, gateway=settings.name, version=version, clock=SYSTEM_CLOCK, scheduler=scheduler)
     metrics = Metrics()
     recorder = Recorder(metrics, capture, traces)
-    metrics.registry.register(StateCollector(scheduler, fleet, recorder.capture_stats, recorder.trace_counts))
+    metrics.registry.register(
+        StateCollector(scheduler, fleet, recorder.capture_stats, recorder.trace_counts, SYSTEM_CLOCK)
+    )
     async with asyncio.TaskGroup() as tasks:
         pipeline = Pipeline(
             limits=settings.limits,
+            tenants=tenants,
             scheduler=scheduler,
             fleet=fleet,
             recorder=recorder,
@@ -93,6 +111,7 @@ async def _serve(
         )
         sessions = fleet.start(tasks)
         refusal = tasks.create_task(_refusal(fleet, stop))
+        sessions.append(tasks.create_task(reload.run(pipeline)))
         servers = [
             _server(public_app(pipeline, fleet, scheduler)),
             _server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
@@ -126,6 +145,21 @@ async def _refusal(fleet: Fleet, stop: asyncio.Event) -> ProtocolMismatch | None
     if mismatch is not None:
         stop.set()
     return mismatch
+
+
+def _check_exposure(settings: GatewaySettings, tenants: TenantTable) -> None:
+    """Without keys everybody who reaches the port is served, so only this machine may reach it."""
+    if tenants.has_keys:
+        return
+    if settings.host in LOOPBACK:
+        log.info("no API keys are configured: everybody on this machine is served, nobody else is")
+    elif settings.allow_anonymous:
+        log.warning("no API keys are configured: everybody who reaches %s is served", settings.host)
+    else:
+        raise ConfigError(
+            f"gateway.host: {settings.host} is reachable from other machines and no API keys are configured; "
+            "make one with 'tidegate key new', or set gateway.allow_anonymous = true"
+        )
 
 
 def _server(app: Litestar) -> _Server:

@@ -6,6 +6,7 @@ from collections.abc import Collection, Iterable
 
 import msgspec
 
+from gateway.forecast import EngineForecast
 from gateway.ledger import Ledger
 from protos.core.contract import Load, ModelInfo
 
@@ -17,6 +18,9 @@ class Worker(msgspec.Struct, kw_only=True):
     model: ModelInfo
     load: Load = Load()
     is_draining: bool = False
+    forecast: EngineForecast = msgspec.field(default_factory=EngineForecast)
+    unstarted_tokens: int = 0
+    """Prompt tokens of requests that it was given and whose first token has not come."""
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""

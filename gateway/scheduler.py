@@ -1,7 +1,7 @@
-"""Who runs when and where: a pure decider over the queue, the ledger and the router.
+"""Who runs when and where: a pure decider over the queues, the ledger and the router.
 
 It holds no sockets and no clock. Every method changes state at once and returns what the caller must do; requests are
-known by number. First come, first served per model; a request that cannot be placed does not hold up other models, and
+known by number. Each model has its own queue, so that a request that cannot be placed does not hold up other models;
 models that share workers take turns.
 """
 
@@ -13,22 +13,12 @@ import heapq
 import msgspec
 
 from gateway import router
+from gateway.fairness import ServiceCounters
+from gateway.forecast import QueueForecast
 from gateway.ledger import Lease, Ledger
+from gateway.order import FairQueue, Ticket
 from gateway.router import Worker
 from protos.core.contract import Load, ModelInfo
-
-
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
-    """A request as the deciders see it. `deadline_ns`: leave the queue by then."""
-
-    request: int
-    model: str
-    sequences: int
-    tokens: int
-    size_bytes: int
-    deadline_ns: int
-    avoid: tuple[str, ...] = ()
-    """The workers of failed attempts."""
 
 
 class Placement(msgspec.Struct, frozen=True):
@@ -36,17 +26,51 @@ class Placement(msgspec.Struct, frozen=True):
     worker: str
 
 
+class Placements(msgspec.Struct):
+    """What `place` decided: who runs where, and who would be too late wherever it ran and has left the queue."""
+
+    placed: list[Placement] = []
+    shed: list[int] = []
+
+
+class Running(msgspec.Struct):
+    """A placed request: its account with its tenant, and its prefill until the first token."""
+
+    ticket: Ticket
+    worker: Worker
+    placed_ns: int
+    prefill_tokens: int
+    """Its own prompt and those that the worker had not started before it."""
+    charged_tokens: int
+    """Output tokens charged so far: what was predicted, then what came."""
+    is_started: bool = False
+
+
+class Depth(msgspec.Struct, frozen=True):
+    """How much of one tenant waits in one band of one model."""
+
+    model: str
+    band: int
+    tenant: str
+    requests: int
+    oldest_ns: int
+    """Arrival of the oldest."""
+
+
 class Scheduler:
     """One per gateway; all calls come from its event loop."""
 
     def __init__(self) -> None:
         self.ledger = Ledger()
+        self.counters = ServiceCounters()
         self._workers: dict[str, Worker] = {}
-        # A model's queue keeps its order in a dict: removal from the middle costs nothing.
-        self._queues: dict[str, dict[int, Ticket]] = {}
-        self._deadlines: list[tuple[int, int]] = []
+        self._queues: dict[str, FairQueue] = {}
         self._queued: dict[int, Ticket] = {}
         self._queued_bytes = 0
+        self._band_requests: collections.Counter[int] = collections.Counter()
+        self._deadlines: list[tuple[int, int]] = []
+        self._running: dict[int, Running] = {}
+        self._forecasts: dict[str, QueueForecast] = {}
         self._models: collections.Counter[str] = collections.Counter()
 
     # -- queue
@@ -59,16 +83,79 @@ class Scheduler:
     def queued_bytes(self) -> int:
         return self._queued_bytes
 
-    def enqueue(self, ticket: Ticket, *, at_front: bool = False) -> None:
-        """`at_front`: a retry goes back to where it came from."""
+    def queued_in(self, band: int) -> int:
+        """Waiting requests that arrived in a band."""
+        return self._band_requests[band]
+
+    def ahead(self, model: str, band: int, tenant: str) -> int:
+        """About how many waiting requests would be placed before a new one.
+
+        Those of higher bands, and of its own band as many as fairness lets pass: each waiting tenant gets as many turns
+        as this tenant needs for what it already has waiting. Exact where requests are of equal size.
+        """
+        queue = self._queues.get(model)
+        if queue is None:
+            return 0
+        above = mine = others = tenants = 0
+        for (its_band, its_tenant), requests in queue.counts.items():
+            if its_band < band:
+                above += requests
+            elif its_band == band and its_tenant == tenant:
+                mine = requests
+            elif its_band == band:
+                others += requests
+                tenants += 1
+        return above + mine + min(others, (mine + 1) * tenants)
+
+    def expected_wait_ns(self, model: str, band: int, tenant: str) -> int | None:
+        """How long a new request would wait; None while nobody waits, or the queue has no rate yet."""
+        forecast = self._forecasts.get(model)
+        if forecast is None or not self.waiting(model):
+            return None
+        return forecast.predict_ns(self.ahead(model, band, tenant))
+
+    def safe_ttft_ns(self, model: str, band: int, tenant: str, input_tokens: int) -> int | None:
+        """A time to first token that most requests like this stay under; None where `expected_wait_ns` is."""
+        forecast = self._forecasts.get(model)
+        if forecast is None or not self.waiting(model):
+            return None
+        wait_ns = forecast.safe_ns(self.ahead(model, band, tenant))
+        if wait_ns is None:
+            return None
+        engine_ns = [
+            worker.forecast.safe_ns(worker.unstarted_tokens + input_tokens) or 0
+            for worker in self._workers.values()
+            if model in worker.model.names
+        ]
+        return wait_ns + min(engine_ns, default=0)
+
+    def drain_ns(self, model: str) -> float | None:
+        """Time from one placement to the next while requests wait; None while it is not known."""
+        forecast = self._forecasts.get(model)
+        return forecast.interval_ns() if forecast is not None else None
+
+    def waiting(self, model: str) -> int:
+        """Requests that wait for one model."""
+        queue = self._queues.get(model)
+        return len(queue) if queue is not None else 0
+
+    def depths(self) -> list[Depth]:
+        return [
+            Depth(model, band, tenant, requests, oldest_ns)
+            for model, queue in self._queues.items()
+            for (band, tenant), (requests, oldest_ns) in queue.depths().items()
+        ]
+
+    def enqueue(self, ticket: Ticket) -> None:
+        """A retry comes back with its first arrival and deadline, so it stands where it stood."""
         assert ticket.request not in self._queued, f"request {ticket.request} is already queued"
-        queue = self._queues.setdefault(ticket.model, {})
-        if at_front and queue:
-            self._queues[ticket.model] = {ticket.request: ticket, **queue}
-        else:
-            queue[ticket.request] = ticket
+        queue = self._queues.get(ticket.model)
+        if queue is None:
+            queue = self._queues[ticket.model] = FairQueue(self.counters)
+        queue.push(ticket)
         self._queued[ticket.request] = ticket
         self._queued_bytes += ticket.size_bytes
+        self._band_requests[ticket.band] += 1
         heapq.heappush(self._deadlines, (ticket.deadline_ns, ticket.request))
 
     def leave(self, request: int) -> bool:
@@ -77,10 +164,8 @@ class Scheduler:
         if ticket is None:
             return False
         self._queued_bytes -= ticket.size_bytes
-        queue = self._queues[ticket.model]
-        del queue[request]
-        if not queue:
-            del self._queues[ticket.model]
+        self._band_requests[ticket.band] -= 1
+        self._queues[ticket.model].remove(request)
         return True
 
     def expire(self, now_ns: int) -> list[int]:
@@ -103,40 +188,84 @@ class Scheduler:
 
     # -- placement
 
-    def place(self) -> list[Placement]:
-        """Bind waiting requests to workers with room, a model's oldest first; each placement holds a lease."""
-        placements = []
-        turns = collections.deque(self._queues)
+    def place(self, now_ns: int) -> Placements:
+        """Bind waiting requests to workers with room, in order; each placement holds a lease."""
+        decided = Placements([], [])
+        turns = collections.deque(model for model, queue in self._queues.items() if queue)
         while turns:
             model = turns.popleft()
-            ticket = next(iter(self._queues[model].values()))
+            queue = self._queues[model]
+            queue.age(now_ns)
+            ticket = queue.head()
+            if ticket is None:
+                continue
             serving = (worker for worker in self._workers.values() if model in worker.model.names)
             worker = router.choose(serving, self.ledger, ticket.sequences, ticket.avoid)
             if worker is None:
                 continue
-            self.leave(ticket.request)
-            self.ledger.acquire(
-                Lease(
-                    request=ticket.request,
-                    worker=worker.name,
-                    sequences=ticket.sequences,
-                    tokens=ticket.tokens,
-                )
-            )
-            placements.append(Placement(ticket, worker.name))
-            if model in self._queues:
-                self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
-                turns.append(model)
-        return placements
+            turns.append(model)
+            if self._is_too_late(ticket, worker, now_ns):
+                self.leave(ticket.request)
+                decided.shed.append(ticket.request)
+                continue
+            self._bind(ticket, worker, now_ns)
+            decided.placed.append(Placement(ticket, worker.name))
+            self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
+        return decided
 
-    def release(self, request: int) -> None:
-        """The request no longer runs on its worker."""
+    def _is_too_late(self, ticket: Ticket, worker: Worker, now_ns: int) -> bool:
+        """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
+        if not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
+            return False
+        engine_ns = worker.forecast.safe_ns(worker.unstarted_tokens + ticket.input_tokens)
+        return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
+
+    def _bind(self, ticket: Ticket, worker: Worker, now_ns: int) -> None:
+        self.leave(ticket.request)
+        forecast = self._forecasts.setdefault(ticket.model, QueueForecast())
+        forecast.placed(now_ns, others_wait=self.waiting(ticket.model) > 0)
+        if ticket.expected_wait_ns is not None:
+            forecast.learn(ticket.expected_wait_ns, now_ns - ticket.arrived_ns)
+        worker.unstarted_tokens += ticket.input_tokens
+        tokens = ticket.input_tokens + ticket.output_tokens
+        self.ledger.acquire(
+            Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
+        )
+        self._running[ticket.request] = Running(ticket, worker, now_ns, worker.unstarted_tokens, ticket.output_tokens)
+        self.counters.charge(ticket.tenant, input_tokens=ticket.input_tokens, output_tokens=ticket.output_tokens)
+
+    def charged_tokens(self, request: int) -> int:
+        """Output tokens that the placed request's tenant has been charged for."""
+        return self._running[request].charged_tokens
+
+    def overran(self, request: int, output_tokens: int) -> None:
+        """The request has made more tokens than were predicted."""
+        running = self._running[request]
+        self.counters.charge(running.ticket.tenant, output_tokens=output_tokens - running.charged_tokens)
+        running.charged_tokens = output_tokens
+
+    def started(self, request: int, now_ns: int) -> None:
+        """The request's first token has come."""
+        running = self._running[request]
+        running.worker.forecast.learn(running.prefill_tokens, now_ns - running.placed_ns)
+        self._end_prefill(running)
+
+    def _end_prefill(self, running: Running) -> None:
+        if not running.is_started:
+            running.is_started = True
+            running.worker.unstarted_tokens -= running.ticket.input_tokens
+
+    def release(self, request: int, output_tokens: int = 0) -> None:
+        """The request no longer runs on its worker; its tenant pays for the tokens that it made."""
         self.ledger.release(request)
+        running = self._running.pop(request)
+        self._end_prefill(running)
+        self.counters.charge(running.ticket.tenant, output_tokens=output_tokens - running.charged_tokens)
 
     def withdraw(self, request: int) -> None:
         """The request is not wanted any more: it leaves the queue, or gives back a lease that came too late."""
         if not self.leave(request) and request in self.ledger:
-            self.ledger.release(request)
+            self.release(request)
 
     # -- workers
 

@@ -6,6 +6,7 @@ from typing import Annotated
 
 import msgspec
 
+from gateway.tenants import DEFAULT_BANDS, Band, Tenant, TenantName
 from protos.core.capture import Level
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -54,5 +55,11 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[str, ...] = ("127.0.0.1:9101",)
     """HOST:PORT of each engine worker."""
     limits: Limits = Limits()
+    bands: tuple[Band, ...] = DEFAULT_BANDS
+    """Priority bands, the top one first."""
+    tenants: dict[TenantName, Tenant] = {}
+    """Limits and API keys, in sections [gateway.tenants.NAME]; see "Tenants and priorities"."""
+    allow_anonymous: bool = False
+    """Without any API key, listen beyond the loopback interface all the same."""
     capture: Capture = Capture()
     tracing: Tracing = Tracing()

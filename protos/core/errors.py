@@ -6,6 +6,8 @@
     ├── ProtocolMismatch    gateway and worker speak different versions of the Session protocol
     └── RequestError        what a client is told; carries an HTTP status and a gRPC status
         ├── InvalidRequest      400  the request is wrong; repeating it is useless
+        ├── Unauthenticated     401  no API key, or one that nobody has
+        ├── Forbidden           403  the tenant may not do this
         ├── UnknownModel        404  no worker serves the model
         ├── BodyTimeout         408  the body did not arrive in time
         ├── TooLarge            413  body over the limit
@@ -79,6 +81,20 @@ class InvalidRequest(RequestError):
     code = "invalid_value"
     http_status = 400
     grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+    type = "invalid_request_error"
+
+
+class Unauthenticated(RequestError):
+    code = "missing_api_key"
+    http_status = 401
+    grpc_status = grpc.StatusCode.UNAUTHENTICATED
+    type = "invalid_request_error"
+
+
+class Forbidden(RequestError):
+    code = "forbidden"
+    http_status = 403
+    grpc_status = grpc.StatusCode.PERMISSION_DENIED
     type = "invalid_request_error"
 
 

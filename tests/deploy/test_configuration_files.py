@@ -15,6 +15,7 @@ import yaml
 from deploy.cli import app
 from gateway.metrics import Metrics, StateCollector
 from gateway.settings import GatewaySettings, Limits
+from protos.core.clock import SYSTEM_CLOCK
 from protos.core.journal import JournalStats
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -137,9 +138,9 @@ SUFFIXES = {"counter": ("_total",), "histogram": ("_bucket", "_sum", "_count"), 
 
 def metric_names() -> set[str]:
     """Every series name that a gateway with a capture serves."""
-    nothing = SimpleNamespace(queued=0, queued_bytes=0, ledger=(), sessions={})
+    nothing = SimpleNamespace(queued=0, queued_bytes=0, ledger=(), sessions={}, depths=list)
     capture = JournalStats(written=0, dropped=0, queued=0, last_error=None)
-    state = StateCollector(nothing, nothing, lambda: capture, lambda: (0, 0))  # type: ignore[arg-type]
+    state = StateCollector(nothing, nothing, lambda: capture, lambda: (0, 0), SYSTEM_CLOCK)  # type: ignore[arg-type]
     families = [*Metrics().registry.collect(), *state.collect()]
     return {family.name + suffix for family in families for suffix in SUFFIXES.get(family.type, ())}
 

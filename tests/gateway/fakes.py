@@ -19,6 +19,7 @@ from gateway.exchange import Exchange
 from gateway.pipeline import Pipeline
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.tenants import DEFAULT_BANDS, TenantTable
 from protos.core import wire
 from protos.core.contract import (
     PROTOCOL,
@@ -311,7 +312,7 @@ class FakeRecorder:
 class Gateway:
     """A pipeline between fakes."""
 
-    def __init__(self, tasks: asyncio.TaskGroup, limits: Limits) -> None:
+    def __init__(self, tasks: asyncio.TaskGroup, limits: Limits, tenants: TenantTable | None = None) -> None:
         self._tasks = tasks
         self._endpoints = {endpoint.path: endpoint for endpoint in ENDPOINTS}
         self.scheduler = Scheduler()
@@ -319,6 +320,7 @@ class Gateway:
         self.recorder = FakeRecorder()
         self.pipeline = Pipeline(
             limits=limits,
+            tenants=tenants or TenantTable(DEFAULT_BANDS, {}),
             scheduler=self.scheduler,
             fleet=self.fleet,  # type: ignore[arg-type]
             recorder=self.recorder,  # type: ignore[arg-type]

@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.ledger import Lease, Ledger
+from gateway.order import Ticket
 from gateway.router import Worker, choose
-from gateway.scheduler import Placement, Scheduler, Ticket
+from gateway.scheduler import Placements, Scheduler
 from protos.core.contract import Load
 from tests.gateway.fakes import model_info
 
@@ -18,7 +19,7 @@ def ticket(request: int, **changes: object) -> Ticket:
     facts: dict[str, object] = {
         "model": "a",
         "sequences": 1,
-        "tokens": 10,
+        "output_tokens": 10,
         "size_bytes": 100,
         "deadline_ns": 1_000,
     }
@@ -32,8 +33,8 @@ def scheduler_with(*workers: str, slots: int = 2, model: str = "a") -> Scheduler
     return scheduler
 
 
-def placed(placements: list[Placement]) -> list[int]:
-    return [placement.ticket.request for placement in placements]
+def placed(decided: Placements) -> list[int]:
+    return [placement.ticket.request for placement in decided.placed]
 
 
 # ---------------------------------------------------------------- ledger
@@ -109,10 +110,10 @@ def test_first_come_first_served() -> None:
     scheduler = scheduler_with("w", slots=2)
     for request in range(1, 6):
         scheduler.enqueue(ticket(request))
-    assert placed(scheduler.place()) == [1, 2]
+    assert placed(scheduler.place(0)) == [1, 2]
     scheduler.release(2)
-    assert placed(scheduler.place()) == [3]
-    assert scheduler.place() == []
+    assert placed(scheduler.place(0)) == [3]
+    assert placed(scheduler.place(0)) == []
 
 
 def test_backlog_of_one_model_does_not_hold_up_another() -> None:
@@ -121,7 +122,7 @@ def test_backlog_of_one_model_does_not_hold_up_another() -> None:
     for request in range(1, 4):
         scheduler.enqueue(ticket(request))
     scheduler.enqueue(ticket(4, model="b"))
-    assert sorted(placed(scheduler.place())) == [1, 4]
+    assert sorted(placed(scheduler.place(0))) == [1, 4]
 
 
 def test_models_of_one_worker_share_its_room() -> None:
@@ -132,18 +133,22 @@ def test_models_of_one_worker_share_its_room() -> None:
     scheduler.enqueue(ticket(9, model="b"))
     order = []
     while scheduler.queued:
-        (request,) = placed(scheduler.place())
+        (request,) = placed(scheduler.place(0))
         order.append(request)
         scheduler.release(request)
     assert order.index(9) <= 2, "a backlogged model does not starve another one"
     assert [request for request in order if request != 9] == list(range(1, 9))
 
 
-def test_retry_goes_to_the_front() -> None:
+def test_retry_stands_where_it_stood() -> None:
     scheduler = scheduler_with("w", slots=1)
-    scheduler.enqueue(ticket(1))
-    scheduler.enqueue(ticket(2), at_front=True)
-    assert placed(scheduler.place()) == [2]
+    first = ticket(1, deadline_ns=1_000)
+    scheduler.enqueue(first)
+    scheduler.enqueue(ticket(2, deadline_ns=2_000))
+    assert placed(scheduler.place(0)) == [1]
+    scheduler.release(1)
+    scheduler.enqueue(first)
+    assert placed(scheduler.place(0)) == [1]
 
 
 def test_request_leaves_the_queue_when_it_expires() -> None:
@@ -163,13 +168,13 @@ def test_draining_worker_gets_no_more() -> None:
     scheduler = scheduler_with("w")
     scheduler.worker_reported("w", Load(), True)
     scheduler.enqueue(ticket(1))
-    assert scheduler.place() == []
+    assert placed(scheduler.place(0)) == []
 
 
 def test_withdrawn_request_gives_its_lease_back() -> None:
     scheduler = scheduler_with("w")
     scheduler.enqueue(ticket(1))
-    scheduler.place()
+    scheduler.place(0)
     scheduler.withdraw(1)
     scheduler.withdraw(1)
     assert len(scheduler.ledger) == 0
@@ -179,7 +184,7 @@ def test_requests_of_a_lost_model_are_known() -> None:
     scheduler = scheduler_with("w", slots=1)
     for request in (1, 2):
         scheduler.enqueue(ticket(request))
-    scheduler.place()
+    scheduler.place(0)
     scheduler.worker_left("w")
     assert scheduler.unserved() == [2]
     assert scheduler.was_served("a")
@@ -211,22 +216,32 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.ended: collections.Counter[str] = collections.Counter()
         self.slots: dict[str, int] = {}
 
-    @rule(model=st.sampled_from(MODELS), sequences=st.integers(1, 5), wait_ns=st.integers(1, 50), front=st.booleans())
-    def arrive(self, model: str, sequences: int, wait_ns: int, front: bool) -> None:
+    @rule(
+        model=st.sampled_from(MODELS),
+        sequences=st.integers(1, 5),
+        wait_ns=st.integers(1, 50),
+        is_retry=st.booleans(),
+        tenant=st.sampled_from(["t", "u", "v"]),
+        band=st.integers(0, 3),
+    )
+    def arrive(self, model: str, sequences: int, wait_ns: int, is_retry: bool, tenant: str, band: int) -> None:
         self.arrived += 1
         it = ticket(
             self.arrived,
             model=model,
+            tenant=tenant,
+            band=band,
             sequences=sequences,
+            arrived_ns=self.now_ns,
             deadline_ns=self.now_ns + wait_ns,
-            avoid=tuple(list(self.slots)[:1]) if front else (),
+            avoid=tuple(list(self.slots)[:1]) if is_retry else (),
         )
-        self.scheduler.enqueue(it, at_front=front)
+        self.scheduler.enqueue(it)
         self.queued[it.request] = it
 
     @rule()
     def place(self) -> None:
-        for placement in self.scheduler.place():
+        for placement in self.scheduler.place(self.now_ns).placed:
             request = placement.ticket.request
             assert self.queued.pop(request) is placement.ticket
             assert request not in self.running, "placed twice"
@@ -237,9 +252,15 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def end(self, data: st.DataObject) -> None:
         request = data.draw(st.sampled_from(sorted(self.running)))
-        self.scheduler.release(request)
+        self.scheduler.release(request, data.draw(st.integers(0, 50)))
         del self.running[request]
         self.ended["finished"] += 1
+
+    @precondition(lambda self: self.running)
+    @rule(data=st.data())
+    def token(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.running)))
+        self.scheduler.overran(request, self.scheduler.charged_tokens(request) + 1)
 
     @precondition(lambda self: self.queued or self.running)
     @rule(data=st.data())
@@ -287,6 +308,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert self.scheduler.queued == len(self.queued)
         assert self.scheduler.queued_bytes == 100 * len(self.queued)
         assert len(self.scheduler.ledger) == len(self.running)
+
+    @invariant()
+    def depths_add_up(self) -> None:
+        depths = self.scheduler.depths()
+        assert sum(depth.requests for depth in depths) == len(self.queued)
+        assert sum(self.scheduler.queued_in(band) for band in range(4)) == len(self.queued)
+        assert {depth.tenant for depth in depths} == {it.tenant for it in self.queued.values()}
 
     @invariant()
     def no_worker_holds_more_than_it_has(self) -> None:

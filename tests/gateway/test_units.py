@@ -17,10 +17,12 @@ from gateway.fleet import Fleet
 from gateway.identity import identify, new_id
 from gateway.metrics import Metrics, StateCollector
 from gateway.offset import ClockOffset
+from gateway.order import Ticket
 from gateway.outlet import Outlet
 from gateway.sampling import TailSampler
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.tenants import Band
 from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import InvalidRequest, Overloaded, Unavailable, UnknownModel
 from protos.core.journal import JournalStats
@@ -81,11 +83,21 @@ def test_length_refusal_names_the_field_that_the_client_sent() -> None:
 
 
 def test_queue_refusal_says_when_to_come_back() -> None:
-    refusal = admission.check_queue(10, Scheduler(), Limits(queue_bytes=9))
+    refusal = admission.check_queue(10, "a", Scheduler(), Limits(queue_bytes=9), 1, Band(name="b"))
     assert isinstance(refusal, Overloaded)
     assert refusal.retry_after_s
     assert refusal.reason == "queue_full"
-    assert admission.check_queue(9, Scheduler(), Limits(queue_bytes=9)) is None
+    assert admission.check_queue(9, "a", Scheduler(), Limits(queue_bytes=9), 1, Band(name="b")) is None
+
+
+def test_a_band_has_its_own_bound() -> None:
+    scheduler = Scheduler()
+    scheduler.enqueue(Ticket(request=1, model="a", band=2, deadline_ns=1))
+    narrow = Band(name="batch", queue_requests=1)
+    refusal = admission.check_queue(1, "a", scheduler, Limits(), 2, narrow)
+    assert isinstance(refusal, Overloaded)
+    assert refusal.reason == "queue_full"
+    assert admission.check_queue(1, "a", scheduler, Limits(), 1, Band(name="standard")) is None
 
 
 # ---------------------------------------------------------------- offset
@@ -346,7 +358,9 @@ def test_state_is_read_at_scrape_time() -> None:
 
     async def scrape() -> dict[str, float]:
         fleet = Fleet(["h:1"], gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=scheduler)
-        metrics.registry.register(StateCollector(scheduler, fleet, lambda: JournalStats(5, 2, 0, None), lambda: (3, 1)))
+        metrics.registry.register(
+            StateCollector(scheduler, fleet, lambda: JournalStats(5, 2, 0, None), lambda: (3, 1), SYSTEM_CLOCK)
+        )
         return samples(metrics)
 
     found = asyncio.run(scrape())

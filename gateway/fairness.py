@@ -1,0 +1,121 @@
+"""Who is owed service: the Virtual Token Counter (Sheng et al., "Fairness in Serving LLMs", OSDI 2024).
+
+Each tenant has a counter of the tokens it was served, over its weight; the waiting tenant with the smallest is next. A
+tenant that returns from idle is lifted to the others, so that it cannot save up service while it asks for none. Between
+two tenants that both wait, service over weight differs by at most 2 * max(input_weight * longest prompt,
+output_weight * tokens of the largest batch): see `bound`.
+"""
+
+from __future__ import annotations
+
+import heapq
+
+import msgspec
+
+INPUT_WEIGHT = 1.0
+OUTPUT_WEIGHT = 2.0
+"""The paper's weights: a decoded token costs about twice a prefilled one."""
+
+
+class _Tenant(msgspec.Struct):
+    counter: float = 0.0
+    weight: float = 1.0
+    waiting: int = 0
+
+
+class ServiceCounters:
+    """Counters of all tenants. Owned by the scheduler; a tenant is known from its first request on."""
+
+    def __init__(self, input_weight: float = INPUT_WEIGHT, output_weight: float = OUTPUT_WEIGHT) -> None:
+        self._input_weight = input_weight
+        self._output_weight = output_weight
+        self._tenants: dict[str, _Tenant] = {}
+        self._waiting = LeastServed(self)
+        self._rings: list[LeastServed] = [self._waiting]
+        self._last_counter = 0.0
+        """Of the tenant that was last to leave the queue."""
+
+    def ring(self) -> LeastServed:
+        """A new set of tenants in the order in which they are owed service."""
+        ring = LeastServed(self)
+        self._rings.append(ring)
+        return ring
+
+    def counter(self, tenant: str) -> float:
+        """Tokens served over weight; only differences mean something."""
+        known = self._tenants.get(tenant)
+        return known.counter if known is not None else 0.0
+
+    def arrive(self, tenant: str, weight: float) -> None:
+        """One more request of the tenant waits."""
+        known = self._tenants.setdefault(tenant, _Tenant())
+        known.weight = weight
+        known.waiting += 1
+        if known.waiting == 1:
+            least = self._waiting.least()
+            known.counter = max(known.counter, self._last_counter if least is None else self.counter(least))
+            self._waiting.add(tenant)
+
+    def leave(self, tenant: str) -> None:
+        """One request of the tenant waits no more, whatever became of it."""
+        known = self._tenants[tenant]
+        assert known.waiting > 0, f"tenant {tenant} has no waiting request"
+        known.waiting -= 1
+        if known.waiting == 0:
+            self._last_counter = known.counter
+            self._waiting.discard(tenant)
+
+    def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
+        """Add served tokens; negative numbers give back what was predicted and not used."""
+        known = self._tenants[tenant]
+        served = self._input_weight * input_tokens + self._output_weight * output_tokens
+        known.counter += served / known.weight
+        if served < 0:
+            for ring in self._rings:
+                ring.fell(tenant)
+
+
+class LeastServed:
+    """A set of tenants, least served first. Operations cost O(log n) amortized.
+
+    A heap whose entries may be too small, never too large: counters grow, and the entry is mended when it surfaces.
+    When a counter falls, a new entry is pushed and the old one is dropped when it surfaces.
+    """
+
+    def __init__(self, counters: ServiceCounters) -> None:
+        self._counters = counters
+        self._entries: dict[str, float] = {}
+        self._heap: list[tuple[float, str]] = []
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def add(self, tenant: str) -> None:
+        if tenant not in self._entries:
+            self._push(tenant)
+
+    def discard(self, tenant: str) -> None:
+        self._entries.pop(tenant, None)
+
+    def fell(self, tenant: str) -> None:
+        """The tenant's counter became smaller."""
+        if tenant in self._entries:
+            self._push(tenant)
+
+    def least(self) -> str | None:
+        """The tenant that is owed most; ties go to the first in alphabetical order."""
+        heap = self._heap
+        while heap:
+            entry, tenant = heap[0]
+            if self._entries.get(tenant) != entry:
+                heapq.heappop(heap)
+                continue
+            if (counter := self._counters.counter(tenant)) == entry:
+                return tenant
+            self._entries[tenant] = counter
+            heapq.heapreplace(heap, (counter, tenant))
+        return None
+
+    def _push(self, tenant: str) -> None:
+        counter = self._entries[tenant] = self._counters.counter(tenant)
+        heapq.heappush(self._heap, (counter, tenant))

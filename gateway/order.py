@@ -1,0 +1,160 @@
+"""The order of waiting requests of one model: priority band, then the tenant that is owed most, then earliest deadline.
+
+A request that has waited long is lifted one band per `AGE_NS`, but never into the top band.
+"""
+
+from __future__ import annotations
+
+import collections
+import heapq
+from collections.abc import Iterator
+
+import msgspec
+
+from gateway.fairness import LeastServed, ServiceCounters
+
+AGE_NS = 30_000_000_000
+
+
+class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+    """A request as the deciders see it."""
+
+    request: int
+    model: str
+    tenant: str = "anonymous"
+    weight: float = 1.0
+    band: int = 1
+    """0 is the top band."""
+    sequences: int = 1
+    input_tokens: int = 0
+    """Of the prompt, estimated."""
+    output_tokens: int = 0
+    """Predicted."""
+    size_bytes: int = 0
+    arrived_ns: int = 0
+    deadline_ns: int
+    """The first token is worthless later: the request leaves the queue by then."""
+    is_sheddable: bool = False
+    """May be refused because a forecast says that the deadline cannot be met."""
+    expected_wait_ns: int | None = None
+    """What was forecast when it arrived; the forecast learns from it."""
+    avoid: tuple[str, ...] = ()
+    """The workers of failed attempts."""
+
+
+class _Waiting(msgspec.Struct):
+    ticket: Ticket
+    band: int
+
+
+class FairQueue:
+    """One model's waiting requests. Owned by the scheduler."""
+
+    def __init__(self, counters: ServiceCounters) -> None:
+        self._counters = counters
+        self._bands: dict[int, _Band] = {}
+        self._waiting: dict[int, _Waiting] = {}
+        self._ages: list[tuple[int, int]] = []
+        self.counts: collections.Counter[tuple[int, str]] = collections.Counter()
+        """Waiting requests by (band, tenant); no zeros."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def __contains__(self, request: int) -> bool:
+        return request in self._waiting
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(list(self._waiting))
+
+    def push(self, ticket: Ticket) -> None:
+        self._waiting[ticket.request] = _Waiting(ticket, ticket.band)
+        self._counters.arrive(ticket.tenant, ticket.weight)
+        self._join(ticket.band, ticket)
+        if ticket.band > 1:
+            heapq.heappush(self._ages, (ticket.arrived_ns + AGE_NS, ticket.request))
+
+    def remove(self, request: int) -> Ticket:
+        """Take a request out, wherever it stands."""
+        waiting = self._waiting.pop(request)
+        self._part(waiting.band, waiting.ticket)
+        self._counters.leave(waiting.ticket.tenant)
+        return waiting.ticket
+
+    def head(self) -> Ticket | None:
+        """The request that is next."""
+        for band in sorted(self._bands):
+            ticket = self._bands[band].head()
+            if ticket is not None:
+                return ticket
+        return None
+
+    def age(self, now_ns: int) -> None:
+        """Lift what has waited long."""
+        while self._ages and self._ages[0][0] <= now_ns:
+            at_ns, request = heapq.heappop(self._ages)
+            waiting = self._waiting.get(request)
+            if waiting is None:
+                continue
+            self._part(waiting.band, waiting.ticket)
+            waiting.band -= 1
+            self._join(waiting.band, waiting.ticket)
+            if waiting.band > 1:
+                heapq.heappush(self._ages, (at_ns + AGE_NS, request))
+
+    def depths(self) -> dict[tuple[int, str], tuple[int, int]]:
+        """(band, tenant) to (requests, arrival of the oldest)."""
+        depths: dict[tuple[int, str], tuple[int, int]] = {}
+        for waiting in self._waiting.values():
+            key = (waiting.band, waiting.ticket.tenant)
+            count, oldest_ns = depths.get(key, (0, waiting.ticket.arrived_ns))
+            depths[key] = (count + 1, min(oldest_ns, waiting.ticket.arrived_ns))
+        return depths
+
+    def _join(self, band: int, ticket: Ticket) -> None:
+        self._band(band).push(ticket)
+        self.counts[band, ticket.tenant] += 1
+
+    def _part(self, band: int, ticket: Ticket) -> None:
+        self._band(band).remove(ticket)
+        self.counts[band, ticket.tenant] -= 1
+        if not self.counts[band, ticket.tenant]:
+            del self.counts[band, ticket.tenant]
+
+    def _band(self, band: int) -> _Band:
+        if band not in self._bands:
+            self._bands[band] = _Band(self._counters.ring())
+        return self._bands[band]
+
+
+class _Band:
+    """Requests of one band: per tenant a heap by deadline. Removed ones stay in their heap until they surface."""
+
+    def __init__(self, tenants: LeastServed) -> None:
+        self._tenants = tenants
+        self._heaps: dict[str, list[tuple[int, int]]] = {}
+        self._tickets: dict[int, Ticket] = {}
+        self._counts: dict[str, int] = {}
+
+    def push(self, ticket: Ticket) -> None:
+        self._tickets[ticket.request] = ticket
+        heapq.heappush(self._heaps.setdefault(ticket.tenant, []), (ticket.deadline_ns, ticket.request))
+        self._counts[ticket.tenant] = self._counts.get(ticket.tenant, 0) + 1
+        self._tenants.add(ticket.tenant)
+
+    def remove(self, ticket: Ticket) -> None:
+        del self._tickets[ticket.request]
+        self._counts[ticket.tenant] -= 1
+        if not self._counts[ticket.tenant]:
+            del self._counts[ticket.tenant]
+            del self._heaps[ticket.tenant]
+            self._tenants.discard(ticket.tenant)
+
+    def head(self) -> Ticket | None:
+        tenant = self._tenants.least()
+        if tenant is None:
+            return None
+        heap = self._heaps[tenant]
+        while (ticket := self._tickets.get(heap[0][1])) is None:
+            heapq.heappop(heap)
+        return ticket

@@ -1,0 +1,62 @@
+"""On which terms a request is served: its tenant's band, weight and deadlines. Pure decisions."""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.calls import Call
+from gateway.identity import Identity
+from gateway.settings import Limits
+from gateway.tenants import Tenant, TenantTable
+from protos.core import telemetry
+from protos.core.errors import Forbidden, InvalidRequest, RequestError
+
+
+class Terms(msgspec.Struct, frozen=True, kw_only=True):
+    """Deadlines are nanoseconds after arrival."""
+
+    band: int
+    band_name: str
+    weight: float
+    is_sheddable: bool
+    first_token_ns: int
+    total_ns: int
+
+
+def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, limits: Limits) -> Terms | RequestError:
+    """What the client asked for, within what its tenant may have and what the gateway gives."""
+    asked = call.priority if identity.priority is None else identity.priority
+    band = table.band_number(tenant, asked)
+    if isinstance(band, RequestError):
+        return band
+    first_token_ns = _milliseconds(telemetry.TTFT_MS, identity.ttft_ms, limits.first_token_s)
+    if isinstance(first_token_ns, RequestError):
+        return first_token_ns
+    total_ns = _milliseconds(telemetry.DEADLINE_MS, identity.deadline_ms, limits.total_s)
+    if isinstance(total_ns, RequestError):
+        return total_ns
+    return Terms(
+        band=band,
+        band_name=table.bands[band].name,
+        weight=tenant.weight,
+        is_sheddable=table.bands[band].is_sheddable,
+        first_token_ns=min(first_token_ns, total_ns),
+        total_ns=total_ns,
+    )
+
+
+def check_model(model: str, tenant: Tenant) -> RequestError | None:
+    """May the tenant use the model?"""
+    if tenant.models and model not in tenant.models:
+        return Forbidden(f"model: this tenant may not use '{model}'", param="model")
+    return None
+
+
+def _milliseconds(header: str, value: str | None, limit_s: float) -> int | RequestError:
+    """A client's deadline in nanoseconds, no longer than the gateway's own."""
+    limit_ns = int(limit_s * 1e9)
+    if value is None:
+        return limit_ns
+    if not (value.isascii() and value.isdigit() and len(value) <= 12 and int(value) > 0):
+        return InvalidRequest(f"{header}: must be a positive number of milliseconds", param=header)
+    return min(limit_ns, int(value) * 1_000_000)

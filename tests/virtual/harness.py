@@ -1,0 +1,186 @@
+"""The gateway's own deciders and the simulated engine's own steps, in virtual time: no sockets, no clock, no sleep.
+
+What is left out is what neither decides: HTTP, the wire (a fixed delay each way), and the event loop.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections.abc import Callable, Iterable
+
+import msgspec
+
+from engine.sim.parameters import SimParameters
+from engine.sim.simulator import Limits, Sequence, Simulator
+from gateway.lengths import OutputLengths
+from gateway.order import Ticket
+from gateway.scheduler import Scheduler
+from protos.core.contract import ModelInfo
+
+MODEL = "m"
+SECOND_NS = 1_000_000_000
+
+
+class Arrival(msgspec.Struct, frozen=True, kw_only=True):
+    """One request of a workload. `output_tokens` is what it will really generate."""
+
+    at_ns: int
+    prompt_tokens: int
+    output_tokens: int
+    tenant: str = "anonymous"
+    weight: float = 1.0
+    band: int = 1
+    patience_ns: int = 10**15
+    """How long it may wait for its first token."""
+    is_sheddable: bool = False
+
+
+class Result(msgspec.Struct):
+    arrival: Arrival
+    worker: str = ""
+    dispatched_ns: int = 0
+    first_token_ns: int = 0
+    finished_ns: int = 0
+    is_expired: bool = False
+    is_refused: bool = False
+
+    @property
+    def ttft_ns(self) -> int:
+        return self.first_token_ns - self.arrival.at_ns
+
+
+class Gateway:
+    """Scheduler and simulated workers under one virtual clock. `run` once."""
+
+    def __init__(
+        self,
+        parameters: SimParameters,
+        *,
+        workers: int,
+        max_sequences: int,
+        max_batch_tokens: int = 8192,
+        wire_ns: int = 500_000,
+    ) -> None:
+        self.scheduler = Scheduler()
+        self.now_ns = 0
+        self.results: list[Result] = []
+        self.after_event: Callable[[], None] = lambda: None
+        """Called between events: the place to check an invariant."""
+        self._lengths = OutputLengths()
+        self._wire_ns = wire_ns
+        self._events: list[tuple[int, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._engines: dict[str, Simulator[int]] = {}
+        self._busy: set[str] = set()
+        self._sequences: dict[int, Sequence[int]] = {}
+        for number in range(workers):
+            name = f"w{number}"
+            self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens))
+            self.scheduler.worker_joined(name, _model(parameters, max_sequences, max_batch_tokens))
+
+    def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> list[Result]:
+        """Results in order of arrival; runs until everything is settled, or until `until_ns`."""
+        for number, arrival in enumerate(arrivals):
+            self.results.append(Result(arrival))
+            self._at(arrival.at_ns, lambda number=number: self._arrive(number))
+        while self._events and (until_ns is None or self._events[0][0] <= until_ns):
+            self.now_ns, _, action = heapq.heappop(self._events)
+            action()
+            self.after_event()
+        return self.results
+
+    def _at(self, at_ns: int, action: Callable[[], None]) -> None:
+        heapq.heappush(self._events, (at_ns, next(self._order), action))
+
+    def _arrive(self, number: int) -> None:
+        result = self.results[number]
+        arrival, scheduler = result.arrival, self.scheduler
+        if arrival.is_sheddable:
+            safe_ns = scheduler.safe_ttft_ns(MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens)
+            if safe_ns is not None and safe_ns > arrival.patience_ns:
+                result.is_refused = True
+                return
+        deadline_ns = self.now_ns + arrival.patience_ns
+        self.scheduler.enqueue(
+            Ticket(
+                request=number,
+                model=MODEL,
+                tenant=arrival.tenant,
+                weight=arrival.weight,
+                band=arrival.band,
+                input_tokens=arrival.prompt_tokens,
+                output_tokens=self._lengths.predict(arrival.tenant, None, 1),
+                arrived_ns=self.now_ns,
+                deadline_ns=deadline_ns,
+                is_sheddable=arrival.is_sheddable,
+                expected_wait_ns=scheduler.expected_wait_ns(MODEL, arrival.band, arrival.tenant),
+            )
+        )
+        if arrival.patience_ns < 10**15:
+            self._at(deadline_ns, self._expire)
+        self._place()
+
+    def _expire(self) -> None:
+        for number in self.scheduler.expire(self.now_ns):
+            self.results[number].is_expired = True
+
+    def _place(self) -> None:
+        decided = self.scheduler.place(self.now_ns)
+        for number in decided.shed:
+            self.results[number].is_refused = True
+        for placement in decided.placed:
+            number = placement.ticket.request
+            self.results[number].dispatched_ns = self.now_ns
+            self.results[number].worker = placement.worker
+            self._at(self.now_ns + self._wire_ns, lambda n=number, w=placement.worker: self._submit(n, w))
+
+    def _submit(self, number: int, worker: str) -> None:
+        arrival = self.results[number].arrival
+        self._engines[worker].submit(
+            number, prompt_tokens=arrival.prompt_tokens, output_tokens=arrival.output_tokens, now_ns=self.now_ns
+        )
+        if worker not in self._busy:
+            self._step(worker)
+
+    def _step(self, worker: str) -> None:
+        step = self._engines[worker].step(self.now_ns)
+        if step is None:
+            self._busy.discard(worker)
+            return
+        self._busy.add(worker)
+        self._at(step.ended_ns, lambda: self._stepped(worker, step.tokens, step.finished))
+
+    def _stepped(self, worker: str, tokens: list[Sequence[int]], finished: list[Sequence[int]]) -> None:
+        for sequence in tokens:
+            number = sequence.owner
+            if sequence.generated == 1:
+                self.results[number].first_token_ns = self.now_ns + self._wire_ns
+                self.scheduler.started(number, self.now_ns + self._wire_ns)
+            if sequence.generated > self.scheduler.charged_tokens(number):
+                self.scheduler.overran(number, sequence.generated)
+        for sequence in finished:
+            number = sequence.owner
+            result = self.results[number]
+            result.finished_ns = self.now_ns + self._wire_ns
+            self.scheduler.release(number, sequence.generated)
+            self._lengths.learn(result.arrival.tenant, sequence.generated, 1)
+        self._place()
+        self._step(worker)
+
+
+def _model(parameters: SimParameters, max_sequences: int, max_batch_tokens: int) -> ModelInfo:
+    return ModelInfo(
+        names=(MODEL,),
+        backend="sim",
+        backend_version="",
+        simulated=True,
+        context_tokens=1 << 20,
+        max_sequences=max_sequences,
+        max_batch_tokens=max_batch_tokens,
+        kv_blocks=parameters.kv_blocks,
+        kv_block_tokens=parameters.kv_block_tokens,
+        has_chat_template=False,
+        device="",
+        dtype="",
+    )
