@@ -540,9 +540,11 @@ def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
         case Finished() | Gone():
             return end
         case Overdue() if exchange.has_output:
-            return DeadlineExceeded(f"not finished within {terms.total_ns / 1e9:g} s")
+            return DeadlineExceeded(f"not finished within {terms.total_ns / 1e9:g} s", reason="deadline")
         case Overdue():
-            return DeadlineExceeded(f"no token within {terms.first_token_ns / 1e9:g} s; retry later", retry_after_s=1.0)
+            return DeadlineExceeded(
+                f"no token within {terms.first_token_ns / 1e9:g} s; retry later", reason="deadline", retry_after_s=1.0
+            )
         case Failed():
             return _failure(end)
         case Lost():
