@@ -360,10 +360,12 @@ class Gateway:
 
 
 @asynccontextmanager
-async def gateway(workers: int = 1, *, limits: Limits | None = None, **model: Any) -> AsyncIterator[Gateway]:
+async def gateway(
+    workers: int = 1, *, limits: Limits | None = None, tenants: TenantTable | None = None, **model: Any
+) -> AsyncIterator[Gateway]:
     """At its end nothing is left: no request, no lease, no queue, no task; and every record is a partition."""
     async with asyncio.TaskGroup() as tasks:
-        it = Gateway(tasks, limits or Limits())
+        it = Gateway(tasks, limits or Limits(), tenants)
         for number in range(workers):
             it.fleet.join(f"worker-{number}", **model)
         yield it
@@ -372,6 +374,7 @@ async def gateway(workers: int = 1, *, limits: Limits | None = None, **model: An
     assert it.leases == 0
     assert it.scheduler.queued == 0
     assert it.scheduler.queued_bytes == 0
+    assert not any(tenant["running"] for tenant in it.pipeline.tenants_in_use().values())
     for record in it.records:
         assert is_partition(record)
         assert record.total_ns >= 0
