@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import bisect
 import collections
+import math
 
 WINDOW = 256
 WARM = 8
@@ -81,11 +82,17 @@ class QueueForecast:
 
 
 class LinearFit:
-    """y = a + b * x by least squares in which old samples fade; b is never negative."""
+    """y = a + b * x by least squares in which old samples fade; b is never negative.
+
+    Nothing is extrapolated: beyond the largest x seen, and beyond the smallest and largest y, the line ends. A guess
+    that is too low is corrected by what it lets happen; one that is too high would prevent its own correction.
+    """
 
     def __init__(self, forgetting: float = FORGETTING) -> None:
         self._forgetting = forgetting
         self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._most_x = 0.0
+        self._least_y, self._most_y = math.inf, 0.0
         self.samples = 0
 
     def add(self, x: float, y: float) -> None:
@@ -95,6 +102,8 @@ class LinearFit:
         self._y = keep * self._y + y
         self._xx = keep * self._xx + x * x
         self._xy = keep * self._xy + x * y
+        self._most_x = max(self._most_x, x)
+        self._least_y, self._most_y = min(self._least_y, y), max(self._most_y, y)
         self.samples += 1
 
     def predict(self, x: float) -> float:
@@ -104,7 +113,8 @@ class LinearFit:
         spread = self._n * self._xx - self._x**2
         is_flat = spread <= 1e-9 * self._n * self._xx
         slope = 0.0 if is_flat else max(0.0, (self._n * self._xy - self._x * self._y) / spread)
-        return (self._y - slope * self._x) / self._n + slope * x
+        line = (self._y - slope * self._x) / self._n + slope * min(x, self._most_x)
+        return min(self._most_y, max(self._least_y, line))
 
 
 class RollingShare:
