@@ -23,6 +23,7 @@ import psutil
 
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
+from engine.backends.vllm_plugin import WORKER_PID
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
@@ -269,6 +270,7 @@ async def _stop_loading(loading: asyncio.Future[Any]) -> None:
 
 def _set_environment(settings: EngineSettings) -> None:
     """What vLLM takes from nowhere else; it reads these when it is imported."""
+    os.environ[WORKER_PID] = str(os.getpid())
     if settings.cpu_cores != "auto":
         os.environ["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_cores
     if not settings.is_verbose:
