@@ -11,12 +11,12 @@ import asyncio
 import functools
 import logging
 import types
-from collections.abc import Awaitable, Callable, Coroutine, Generator
+from collections.abc import Callable, Coroutine, Generator
 from typing import Any
 
 log = logging.getLogger("tidegate.gateway")
 
-Send = Callable[[dict[str, Any]], Awaitable[None]]
+Send = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 Headers = list[tuple[bytes, bytes]]
 
 
@@ -29,14 +29,19 @@ class Outlet:
         "_drainer",
         "_send",
         "_tasks",
+        "_write",
         "blocked_ns",
         "is_blocked",
         "is_started",
         "on_drained",
     )
 
-    def __init__(self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int]) -> None:
+    def __init__(
+        self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int], write: Send | None = None
+    ) -> None:
+        """`write` is the server's own `send`, for parts of the body: frameworks wrap theirs, and tokens pay for it."""
         self._send = send
+        self._write = write or send
         self._tasks = tasks
         self._clock_ns = clock_ns
         self._drainer: asyncio.Task[None] | None = None
@@ -50,11 +55,11 @@ class Outlet:
     def start(self, status: int, headers: Headers) -> None:
         assert not self.is_started, "a response starts once"
         self.is_started = True
-        self._run({"type": "http.response.start", "status": status, "headers": headers})
+        self._run(self._send({"type": "http.response.start", "status": status, "headers": headers}))
 
     def push(self, data: bytes) -> None:
         """Write a part of the body. Not while `is_blocked`."""
-        self._run({"type": "http.response.body", "body": data, "more_body": True})
+        self._run(self._write({"type": "http.response.body", "body": data, "more_body": True}))
 
     async def unblocked(self) -> None:
         """Wait until the socket takes data again."""
@@ -63,7 +68,7 @@ class Outlet:
 
     def finish(self, data: bytes = b"") -> None:
         """Write the last part of the body. Not while `is_blocked`."""
-        self._run({"type": "http.response.body", "body": data, "more_body": False})
+        self._run(self._send({"type": "http.response.body", "body": data, "more_body": False}))
 
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
@@ -71,10 +76,8 @@ class Outlet:
             self._drainer.cancel()
             self._note_unblocked()
 
-    def _run(self, message: dict[str, Any]) -> None:
+    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
         assert not self.is_blocked, "the socket is full"
-        coroutine = self._send(message)
-        assert isinstance(coroutine, Coroutine)
         try:
             suspension = coroutine.send(None)
         except StopIteration:

@@ -50,6 +50,10 @@ NewAnswer = Callable[..., Answer]
 End = Finished | RequestError | Gone
 
 BODY_SECONDS = 30.0
+SERVER_SEND = "tidegate.send"
+"""Key of the ASGI scope under which the server's own `send` comes along."""
+OVERRUN_TOKENS = 32
+"""Charged ahead when an answer is longer than was predicted: every token would cost more than relaying it."""
 END_SECONDS = 5.0
 """A client whose socket is full gets at least this long to take the end of its answer."""
 
@@ -126,7 +130,7 @@ class Pipeline:
             endpoint.path,
             identify(scope["headers"]),
             Timeline(clock.mono_ns(), clock.wall_ns()),
-            Outlet(send, self._tasks, clock.mono_ns),
+            Outlet(send, self._tasks, clock.mono_ns, scope.get(SERVER_SEND)),
             keeps_output=self._recorder.keeps_output,
         )
         self._active[exchange.number] = exchange
@@ -331,9 +335,9 @@ class Pipeline:
         self._scheduler.started(exchange.number, self._clock.mono_ns())
 
     def _charge_overrun(self, exchange: Exchange) -> None:
-        """More tokens came than were predicted: the tenant pays for each as it comes."""
-        exchange.charged_tokens = exchange.output_tokens
-        self._scheduler.overran(exchange.number, exchange.output_tokens)
+        """More tokens came than were predicted: the tenant pays for the next ones, a block at a time."""
+        exchange.charged_tokens = exchange.output_tokens + OVERRUN_TOKENS
+        self._scheduler.overran(exchange.number, exchange.charged_tokens)
 
     # -- attempt
 

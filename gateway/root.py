@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import uvicorn
-from litestar import Litestar
+from litestar.types import ASGIApp
 
 from gateway.app import operator_app, public_app
 from gateway.fleet import Fleet
@@ -162,7 +162,7 @@ def _check_exposure(settings: GatewaySettings, tenants: TenantTable) -> None:
         )
 
 
-def _server(app: Litestar) -> _Server:
+def _server(app: ASGIApp) -> _Server:
     return _Server(
         uvicorn.Config(
             app,

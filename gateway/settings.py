@@ -42,7 +42,7 @@ class Tracing(msgspec.Struct, frozen=True, kw_only=True):
     """OTLP over gRPC, such as http://127.0.0.1:4317; no spans leave without it."""
     keep_ratio: Ratio = 1.0
     """Fraction kept of the traces that are not kept for a reason (error, slow, cancelled, preempted, retried)."""
-    keep_per_s: Seconds = 200.0
+    keep_per_s: Seconds = 20.0
     """Most traces exported per second."""
 
 
