@@ -55,11 +55,11 @@ class Outlet:
     def start(self, status: int, headers: Headers) -> None:
         assert not self.is_started, "a response starts once"
         self.is_started = True
-        self._run(self._send({"type": "http.response.start", "status": status, "headers": headers}))
+        self._run(self._send, {"type": "http.response.start", "status": status, "headers": headers})
 
     def push(self, data: bytes) -> None:
         """Write a part of the body. Not while `is_blocked`."""
-        self._run(self._write({"type": "http.response.body", "body": data, "more_body": True}))
+        self._run(self._write, {"type": "http.response.body", "body": data, "more_body": True})
 
     async def unblocked(self) -> None:
         """Wait until the socket takes data again."""
@@ -68,7 +68,7 @@ class Outlet:
 
     def finish(self, data: bytes = b"") -> None:
         """Write the last part of the body. Not while `is_blocked`."""
-        self._run(self._send({"type": "http.response.body", "body": data, "more_body": False}))
+        self._run(self._send, {"type": "http.response.body", "body": data, "more_body": False})
 
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
@@ -76,8 +76,9 @@ class Outlet:
             self._drainer.cancel()
             self._note_unblocked()
 
-    def _run(self, coroutine: Coroutine[Any, Any, None]) -> None:
+    def _run(self, send: Send, message: dict[str, Any]) -> None:
         assert not self.is_blocked, "the socket is full"
+        coroutine = send(message)
         try:
             suspension = coroutine.send(None)
         except StopIteration:
