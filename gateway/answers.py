@@ -53,6 +53,9 @@ class Answer(Protocol):
     def chunk(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
         """One event of a stream."""
 
+    def text_frame(self, choice: int) -> tuple[bytes, bytes]:
+        """What is before and after the text, as JSON, in a chunk without logprobs."""
+
     def tail(self, reasons: Sequence[str], usage: Usage | None, timing: dict[str, Any] | None) -> bytes:
         """What a stream ends with; usage when the client asked for it."""
 
@@ -77,6 +80,9 @@ class ChatAnswer:
             b'"delta":{"content":' + _encode(text) + b"}",
             _encode(_chat_logprobs(logprobs)) if logprobs else b"",
         )
+
+    def text_frame(self, choice: int) -> tuple[bytes, bytes]:
+        return self._frame.around(choice, b'"delta":{"content":', b"}")
 
     def tail(self, reasons: Sequence[str], usage: Usage | None, timing: dict[str, Any] | None) -> bytes:
         return self._frame.tail(b'"delta":{}', reasons, usage, timing)
@@ -113,6 +119,9 @@ class CompletionAnswer:
             self._offsets[choice] = offset + sum(len(token.token) for token in logprobs)
         return self._frame.event(choice, b'"text":' + _encode(text), rendered)
 
+    def text_frame(self, choice: int) -> tuple[bytes, bytes]:
+        return self._frame.around(choice, b'"text":', b"")
+
     def tail(self, reasons: Sequence[str], usage: Usage | None, timing: dict[str, Any] | None) -> bytes:
         return self._frame.tail(b'"text":""', reasons, usage, timing)
 
@@ -141,6 +150,9 @@ class GenerateAnswer:
     def chunk(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None) -> bytes:
         raise AssertionError("/generate does not stream")
 
+    def text_frame(self, choice: int) -> tuple[bytes, bytes]:
+        raise AssertionError("/generate does not stream")
+
     def tail(self, reasons: Sequence[str], usage: Usage | None, timing: dict[str, Any] | None) -> bytes:
         raise AssertionError("/generate does not stream")
 
@@ -158,10 +170,18 @@ class _Frame:
         self._usage = b',"usage":null' if wants_usage else b""
         self._end = b',"logprobs":null,"finish_reason":null}]' + self._usage + b"}\n\n"
 
-    def event(self, choice: int, content: bytes, logprobs: bytes = b"", reason: bytes = b"null") -> bytes:
+    def around(self, choice: int, before: bytes, after: bytes) -> tuple[bytes, bytes]:
+        """An event without logprobs, cut at what changes from token to token."""
+        return self._start(choice) + before, after + self._end
+
+    def _start(self, choice: int) -> bytes:
         start = self._starts.get(choice)
         if start is None:
             start = self._starts[choice] = self._open + b',"choices":[{"index":%d,' % choice
+        return start
+
+    def event(self, choice: int, content: bytes, logprobs: bytes = b"", reason: bytes = b"null") -> bytes:
+        start = self._start(choice)
         if not logprobs and reason == b"null":
             return start + content + self._end
         finish = b',"logprobs":' + (logprobs or b"null") + b',"finish_reason":' + reason + b"}]"

@@ -8,14 +8,13 @@ from typing import Any
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import ASGIRouteHandler, asgi
-from litestar.types import ASGIApp
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render_error
 from gateway.calls import parse_chat, parse_completion, parse_generate
 from gateway.fleet import Fleet
-from gateway.pipeline import SERVER_SEND, Endpoint, Pipeline
+from gateway.pipeline import Endpoint, Pipeline
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
 from protos.core.errors import InvalidRequest, RequestError, Unavailable
@@ -43,20 +42,14 @@ class Bug(RequestError):
     code = "internal_error"
 
 
-def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler) -> ASGIApp:
+def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler) -> Litestar:
     """OpenAI's API, /generate, and the probes."""
 
     @get("/v1/models", sync_to_thread=False)
     def models() -> dict[str, Any]:
         return {"object": "list", "data": _models(scheduler, fleet)}
 
-    litestar = _app([*(_inference(pipeline, endpoint) for endpoint in ENDPOINTS), models, *_probes(pipeline, fleet)])
-
-    async def app(scope: Any, receive: Any, send: Any) -> None:
-        scope[SERVER_SEND] = send
-        await litestar(scope, receive, send)
-
-    return app
+    return _app([*(_inference(pipeline, endpoint) for endpoint in ENDPOINTS), models, *_probes(pipeline, fleet)])
 
 
 def operator_app(

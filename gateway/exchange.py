@@ -58,6 +58,47 @@ STREAM_HEADERS: Headers = [
 class Exchange:
     """Owned by the pipeline's task of the request. A Sink for its attempts."""
 
+    __slots__ = (
+        "_events",
+        "_first_token_ns",
+        "_keeps_output",
+        "_last_delta_ns",
+        "_max_gap_ns",
+        "_preface",
+        "_waiter",
+        "_withheld",
+        "_write_text",
+        "answer",
+        "attempts",
+        "body",
+        "cached_tokens",
+        "call",
+        "charged_tokens",
+        "choices",
+        "ended_ns",
+        "endpoint",
+        "error",
+        "finish",
+        "identity",
+        "is_deaf",
+        "model",
+        "number",
+        "on_overrun",
+        "on_started",
+        "outcome",
+        "outlet",
+        "output_tokens",
+        "priority",
+        "prompt_tokens",
+        "status",
+        "tenant",
+        "timeline",
+        "watcher",
+        "worker",
+        "worker_model",
+    )
+    # Slots, because Python stops sharing the keys of instance dictionaries at 30 attributes: a token would pay for it.
+
     def __init__(
         self, number: int, endpoint: str, identity: Identity, timeline: Timeline, outlet: Outlet, *, keeps_output: bool
     ) -> None:
@@ -97,6 +138,8 @@ class Exchange:
         self._first_token_ns = 0
         self._last_delta_ns = 0
         self._max_gap_ns = 0
+        self._write_text: Callable[[str], None] | None = None
+        """Writes a text of the first choice, once the stream flows."""
         self._withheld: list[Row] = []
         self._preface = b""
         """Start of a stream's body that the socket has not taken yet."""
@@ -188,14 +231,22 @@ class Exchange:
     ) -> None:
         if self.is_deaf:
             return
-        self.output_tokens += token_count
-        if self._last_delta_ns:
-            gap_ns = now_ns - self._last_delta_ns
-            if gap_ns > self._max_gap_ns:
-                self._max_gap_ns = gap_ns
+        tokens = self.output_tokens = self.output_tokens + token_count
+        gap_ns = now_ns - self._last_delta_ns
+        if gap_ns > self._max_gap_ns and self._last_delta_ns:
+            self._max_gap_ns = gap_ns
         self._last_delta_ns = now_ns
-        if self.output_tokens > self.charged_tokens:
+        if tokens > self.charged_tokens:
             self.on_overrun()
+        if self._write_text is None or choice or logprobs or self.outlet.is_blocked:
+            self._take(choice, text, logprobs, now_ns)
+        elif text:
+            if self._keeps_output:
+                self.choices[0].texts.append(text)
+            self._write_text(text)
+
+    def _take(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None, now_ns: int) -> None:
+        """A row that is not just one more piece of a flowing stream."""
         if not text and not logprobs:
             return
         if not self._first_token_ns:
@@ -246,6 +297,7 @@ class Exchange:
         if not self.outlet.is_started:
             self.start_stream()
             self._withheld.append((choice, text, logprobs))
+            self._write_text = self.outlet.text_writer(*self.answer.text_frame(0))
             if not self.outlet.is_blocked:
                 self._release_withheld()
             return

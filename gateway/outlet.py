@@ -1,8 +1,9 @@
 """The client's end of one response.
 
-`push` writes without waiting and without a task: an ASGI server's `send` completes at once while the socket takes data,
-so the coroutine is run by hand to its first suspension. Only when the socket is full does a task take over, and what
-comes meanwhile is kept by the caller until `is_blocked` is over.
+Everything is written without waiting and without a task. An ASGI server's `send` completes at once while the socket
+takes data, so its coroutine is run by hand to its first suspension; parts of a body go to the server's Wire where there
+is one. Only when the socket is full does a task take over, and what comes meanwhile is kept by the caller until
+`is_blocked` is over.
 """
 
 from __future__ import annotations
@@ -11,13 +12,18 @@ import asyncio
 import functools
 import logging
 import types
-from collections.abc import Callable, Coroutine, Generator
+from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
+
+import msgspec
+
+from gateway.server import Wire
 
 log = logging.getLogger("tidegate.gateway")
 
 Send = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 Headers = list[tuple[bytes, bytes]]
+_encode = msgspec.json.Encoder().encode
 
 
 class Outlet:
@@ -29,7 +35,7 @@ class Outlet:
         "_drainer",
         "_send",
         "_tasks",
-        "_write",
+        "_wire",
         "blocked_ns",
         "is_blocked",
         "is_started",
@@ -37,11 +43,10 @@ class Outlet:
     )
 
     def __init__(
-        self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int], write: Send | None = None
+        self, send: Send, tasks: asyncio.TaskGroup, clock_ns: Callable[[], int], wire: Wire | None = None
     ) -> None:
-        """`write` is the server's own `send`, for parts of the body: frameworks wrap theirs, and tokens pay for it."""
         self._send = send
-        self._write = write or send
+        self._wire = wire
         self._tasks = tasks
         self._clock_ns = clock_ns
         self._drainer: asyncio.Task[None] | None = None
@@ -59,7 +64,19 @@ class Outlet:
 
     def push(self, data: bytes) -> None:
         """Write a part of the body. Not while `is_blocked`."""
-        self._run(self._write, {"type": "http.response.body", "body": data, "more_body": True})
+        if self._wire is None:
+            self._run(self._send, {"type": "http.response.body", "body": data, "more_body": True})
+            return
+        assert not self.is_blocked, "the socket is full"
+        self._wire.write(data)
+        if self._wire.is_full:
+            self._block()
+
+    def text_writer(self, opening: bytes, closing: bytes) -> Callable[[str], None]:
+        """`push(opening + JSON of the text + closing)`, made once per stream: it is most of what a token costs."""
+        if self._wire is None:
+            return lambda text: self.push(opening + _encode(text) + closing)
+        return self._wire.text_writer(opening, closing, self._block)
 
     async def unblocked(self) -> None:
         """Wait until the socket takes data again."""
@@ -83,13 +100,21 @@ class Outlet:
             suspension = coroutine.send(None)
         except StopIteration:
             return
+        self._wait(_resume(coroutine, suspension))
+
+    def _block(self) -> None:
+        """The wire is full."""
+        assert self._wire is not None
+        self._wait(self._wire.drained())
+
+    def _wait(self, writing: Awaitable[None]) -> None:
         self.is_blocked = True
         self._blocked_since_ns = self._clock_ns()
-        self._drainer = self._tasks.create_task(self._drain(coroutine, suspension))
+        self._drainer = self._tasks.create_task(self._drain(writing))
 
-    async def _drain(self, coroutine: Coroutine[Any, Any, None], suspension: Any) -> None:
+    async def _drain(self, writing: Awaitable[None]) -> None:
         try:
-            await _resume(coroutine, suspension)
+            await writing
         except OSError as error:
             log.info("client left: %s", error)  # `receive` tells the pipeline
         self._note_unblocked()

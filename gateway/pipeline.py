@@ -25,6 +25,7 @@ from gateway.outlet import Headers, Outlet, Send
 from gateway.quota import Grant, Quotas
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
+from gateway.server import WIRE
 from gateway.settings import Limits
 from gateway.tenants import TenantTable
 from gateway.terms import Terms, agree, check_model
@@ -50,8 +51,6 @@ NewAnswer = Callable[..., Answer]
 End = Finished | RequestError | Gone
 
 BODY_SECONDS = 30.0
-SERVER_SEND = "tidegate.send"
-"""Key of the ASGI scope under which the server's own `send` comes along."""
 OVERRUN_TOKENS = 32
 """Charged ahead when an answer is longer than was predicted: every token would cost more than relaying it."""
 END_SECONDS = 5.0
@@ -130,7 +129,7 @@ class Pipeline:
             endpoint.path,
             identify(scope["headers"]),
             Timeline(clock.mono_ns(), clock.wall_ns()),
-            Outlet(send, self._tasks, clock.mono_ns, scope.get(SERVER_SEND)),
+            Outlet(send, self._tasks, clock.mono_ns, scope.get(WIRE)),
             keeps_output=self._recorder.keeps_output,
         )
         self._active[exchange.number] = exchange

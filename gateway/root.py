@@ -13,12 +13,9 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
-
-import uvicorn
-from litestar.types import ASGIApp
 
 from gateway.app import operator_app, public_app
 from gateway.fleet import Fleet
@@ -28,6 +25,7 @@ from gateway.recorder import Recorder
 from gateway.reload import Reload
 from gateway.sampling import TailSampler
 from gateway.scheduler import Scheduler
+from gateway.server import BACKLOG, Server
 from gateway.settings import Capture, GatewaySettings, Tracing
 from gateway.tenants import TenantTable
 from gateway.tracing import SpanBuilder, TraceWriter
@@ -39,19 +37,7 @@ log = logging.getLogger("tidegate.gateway")
 
 SWITCH_SECONDS = 0.0005
 """How long a writer thread may hold the interpreter while streams wait; Python's own 5 ms is a token's time."""
-KEEP_ALIVE_SECONDS = 75
-BACKLOG = 4096
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
-LAST_WORDS_SECONDS = 5
-"""How long connections may take to close after the drain."""
-
-
-class _Server(uvicorn.Server):
-    """Signals belong to the root, which drains first."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        yield
 
 
 def run(settings: GatewaySettings, read: Callable[[], GatewaySettings], file: Path | None) -> None:
@@ -113,8 +99,8 @@ async def _serve(
         refusal = tasks.create_task(_refusal(fleet, stop))
         sessions.append(tasks.create_task(reload.run(pipeline)))
         servers = [
-            _server(public_app(pipeline, fleet, scheduler)),
-            _server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
+            Server(public_app(pipeline, fleet, scheduler)),
+            Server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
         ]
         running = [
             tasks.create_task(server.serve(sockets=[listener]))
@@ -160,26 +146,6 @@ def _check_exposure(settings: GatewaySettings, tenants: TenantTable) -> None:
             f"gateway.host: {settings.host} is reachable from other machines and no API keys are configured; "
             "make one with 'tidegate key new', or set gateway.allow_anonymous = true"
         )
-
-
-def _server(app: ASGIApp) -> _Server:
-    return _Server(
-        uvicorn.Config(
-            app,
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            loop="none",
-            log_config=None,
-            access_log=False,
-            server_header=False,
-            date_header=False,
-            proxy_headers=False,
-            timeout_keep_alive=KEEP_ALIVE_SECONDS,
-            timeout_graceful_shutdown=LAST_WORDS_SECONDS,
-            backlog=BACKLOG,
-        )
-    )
 
 
 def _allow_open_files() -> None:
