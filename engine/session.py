@@ -119,6 +119,8 @@ class Session:
         if submit.model and submit.model not in self._model_names:
             message = f"the model '{submit.model}' does not exist; this worker has {', '.join(self._model_names)}"
             return failed(submit, now_ns, FailureKind.UNKNOWN_MODEL, message, "model")
+        if submit.resumed_token_ids and submit.sampling.n > 1:
+            return failed(submit, now_ns, FailureKind.INVALID, "only a request of one choice can be resumed", "n")
         return None
 
     # ---------------------------------------------------------------- Sink

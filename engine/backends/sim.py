@@ -41,12 +41,16 @@ class _Request:
 
 
 class _Choice:
-    __slots__ = ("index", "is_finished", "logprobs", "request", "script")
+    __slots__ = ("index", "is_finished", "logprobs", "request", "resumed_tokens", "script")
 
-    def __init__(self, request: _Request, index: int, script: Script, logprobs: int | None) -> None:
+    def __init__(
+        self, request: _Request, index: int, script: Script, resumed_tokens: int, logprobs: int | None
+    ) -> None:
         self.request = request
         self.index = index
         self.script = script
+        self.resumed_tokens = resumed_tokens
+        """How much of the script another worker has said."""
         self.logprobs = logprobs
         self.is_finished = False
 
@@ -85,13 +89,17 @@ class SimBackend:
             sink.failed(context_exceeded(submit, received_ns, self._context_tokens, prompt_tokens))
             return _nothing
         request = _Request(submit.slot, sink, received_ns, prompt_tokens)
+        resumed_tokens = len(submit.resumed_token_ids)
         for index in range(submit.sampling.n):
             script = write_script(submit.prompt, submit.sampling, index, limit, self._parameters)
+            if script.output_tokens <= resumed_tokens:
+                sink.finished(_said_already(request, script))
+                return _nothing
             request.choices.append(
                 self._simulator.submit(
-                    _Choice(request, index, script, submit.sampling.logprobs),
-                    prompt_tokens=prompt_tokens,
-                    output_tokens=script.output_tokens,
+                    _Choice(request, index, script, resumed_tokens, submit.sampling.logprobs),
+                    prompt_tokens=prompt_tokens + resumed_tokens,
+                    output_tokens=script.output_tokens - resumed_tokens,
                     priority=submit.priority,
                     now_ns=time.monotonic_ns(),
                 )
@@ -141,7 +149,7 @@ class SimBackend:
             request = choice.request
             if not request.open_choices:
                 continue  # cancelled while the step ran
-            index = sequence.generated - 1
+            index = choice.resumed_tokens + sequence.generated - 1
             if not request.output_tokens:
                 request.sink.started(Started(request.slot, request.prompt_tokens, 0, _stamps(request)))
             request.output_tokens += 1
@@ -201,6 +209,18 @@ def _finished(request: _Request) -> Finished:
     )
 
 
+def _said_already(request: _Request, script: Script) -> Finished:
+    """The end of a resumed request whose last token had left the worker that was lost."""
+    return Finished(
+        slot=request.slot,
+        reasons=(script.finish_reason,),
+        prompt_tokens=request.prompt_tokens,
+        cached_tokens=0,
+        output_tokens=0,
+        stamps=Stamps(received_ns=request.received_ns),
+    )
+
+
 def _reason(sequence: Sequence[_Choice]) -> str:
     return sequence.owner.script.finish_reason if sequence.owner.is_finished else "cancelled"
 
@@ -222,4 +242,4 @@ def _earliest(choices: list[Sequence[_Choice]], stamp: str) -> int:
 
 
 def _nothing() -> None:
-    """Cancel of a request that failed at once."""
+    """Cancel of a request that ended at once."""

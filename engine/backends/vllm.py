@@ -16,6 +16,7 @@ import logging
 import os
 import platform
 import re
+from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
@@ -24,6 +25,7 @@ import psutil
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
 from engine.backends.vllm_plugin import WORKER_PID
+from engine.backends.vllm_resume import Continuation
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
@@ -213,12 +215,45 @@ class VllmBackend:
         return prompt
 
     async def _generate(self, request: _Request, prompt: Any, limit: int) -> None:
+        if request.submit.resumed_token_ids:
+            await self._go_on(request, prompt, limit)
+            return
         params = _sampling_params(request.submit.sampling, limit, self._sampling_defaults)
-        # A number of our own: two gateways may use the same request id, and vLLM aborts by it.
-        name = f"{request.submit.request_id}-{next(self._numbers)}"
-        async for output in self._engine.generate(prompt, params, name, priority=request.submit.priority):
+        async for output in self._outputs(request, prompt, params):
             _tell(request, output)
         request.finish()
+
+    async def _go_on(self, request: _Request, prompt: Any, limit: int) -> None:
+        """Make the rest of an answer that another worker began."""
+        sampling, resumed = request.submit.sampling, request.submit.resumed_token_ids
+        whole = _sampling_params(sampling, limit, self._sampling_defaults)
+        answer = Continuation(self._engine, whole, prompt["prompt_token_ids"], resumed)
+        if answer.reason is not None:
+            request.reasons[0] = answer.reason
+        else:
+            min_tokens = max(0, (sampling.min_tokens or 0) - len(resumed))
+            rest = msgspec.structs.replace(sampling, stop=(), min_tokens=min_tokens)
+            params = _sampling_params(rest, limit - len(resumed), self._sampling_defaults, detokenize=False)
+            await self._tell_rest(request, prompt, params, answer)
+        request.finish()
+
+    async def _tell_rest(self, request: _Request, prompt: Any, params: Any, answer: Continuation) -> None:
+        token_ids = [*prompt["prompt_token_ids"], *request.submit.resumed_token_ids]
+        outputs = self._outputs(request, {**prompt, "prompt_token_ids": token_ids}, params)
+        async with contextlib.aclosing(outputs):  # a stop string ends the answer before vLLM does
+            async for output in outputs:
+                answer.translate(output.outputs[0])
+                _tell(request, output)
+                if answer.reason is not None:
+                    break
+
+    def _outputs(self, request: _Request, prompt: Any, params: Any) -> AsyncGenerator[Any, None]:
+        # A number of our own: two gateways may use the same request id, and vLLM aborts by it.
+        name = f"{request.submit.request_id}-{next(self._numbers)}"
+        outputs: AsyncGenerator[Any, None] = self._engine.generate(
+            prompt, params, name, priority=request.submit.priority
+        )
+        return outputs
 
     def _refuse(self, request: _Request, error: Exception) -> None:
         parameter = getattr(error, "parameter", None)
@@ -349,7 +384,7 @@ def _model_info(settings: EngineSettings, engine: Any) -> ModelInfo:
 # ---------------------------------------------------------------- values, there and back
 
 
-def _sampling_params(sampling: Sampling, limit: int, defaults: dict[str, Any]) -> Any:
+def _sampling_params(sampling: Sampling, limit: int, defaults: dict[str, Any], *, detokenize: bool = True) -> Any:
     """vLLM's sampling parameters: the request's, else the model's own defaults, else vLLM's."""
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
@@ -375,6 +410,7 @@ def _sampling_params(sampling: Sampling, limit: int, defaults: dict[str, Any]) -
         ignore_eos=sampling.ignore_eos,
         logit_bias=dict(sampling.logit_bias) or None,
         include_stop_str_in_output=sampling.include_stop_in_output,
+        detokenize=detokenize,
         output_kind=RequestOutputKind.DELTA,
         skip_clone=True,
     )
@@ -382,7 +418,8 @@ def _sampling_params(sampling: Sampling, limit: int, defaults: dict[str, Any]) -
 
 def _tell(request: _Request, output: Any) -> None:
     """Pass on what one step gave a request."""
-    request.cached_tokens = output.num_cached_tokens or request.cached_tokens
+    # A resumed request may find in the cache what was output before: to the client that is not prompt.
+    request.cached_tokens = min(output.num_cached_tokens or request.cached_tokens, request.prompt_tokens)
     for completion in output.outputs:
         _take_metrics(request, completion.index, output.metrics)
     if not request.has_started:

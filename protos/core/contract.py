@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Version of the Session protocol. Both ends must have the same: see `protos.core.errors.ProtocolMismatch`."""
 
 
@@ -75,6 +75,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     priority: int = 0
     traceparent: str = ""
+    resumed_token_ids: Sequence[int] = ()
+    """Output tokens that another worker made before it was lost: the worker goes on after them."""
 
 
 class GatewayFrame(msgspec.Struct, frozen=True, kw_only=True):
@@ -145,6 +147,7 @@ class Finished(msgspec.Struct, frozen=True, kw_only=True):
     prompt_tokens: int
     cached_tokens: int
     output_tokens: int
+    """Made by this worker, all choices together."""
     preemptions: int = 0
     stamps: Stamps = NO_STAMPS
 

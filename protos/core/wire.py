@@ -100,6 +100,7 @@ def _submit_to_pb(submit: Submit) -> pb.Submit:
         model=submit.model,
         priority=submit.priority,
         traceparent=submit.traceparent,
+        resumed_token_ids=submit.resumed_token_ids,
     )
     match submit.prompt:
         case TextPrompt(text):
@@ -145,6 +146,7 @@ def _submit_from_pb(message: pb.Submit) -> Submit:
         model=message.model,
         priority=message.priority,
         traceparent=message.traceparent,
+        resumed_token_ids=tuple(message.resumed_token_ids),
     )
 
 

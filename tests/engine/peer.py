@@ -45,6 +45,8 @@ class Answer:
         self.started: Started | None = None
         self.texts: dict[int, str] = {}
         self.token_ids: dict[int, list[int]] = {}
+        self.rows: list[tuple[str, list[int]]] = []
+        """(text, token ids) of each delta, whatever its choice."""
         self.logprobs: list[Any] = []
         self.deltas = 0
         self.finished: Finished | None = None
@@ -127,8 +129,10 @@ class Peer:
             assert not answer.done.is_set(), "no delta after the end"
             choice = deltas.choices[row] if deltas.choices else 0
             count = deltas.token_counts[row]
+            token_ids = deltas.token_ids[offset : offset + count]
             answer.texts[choice] = answer.texts.get(choice, "") + deltas.texts[row]
-            answer.token_ids.setdefault(choice, []).extend(deltas.token_ids[offset : offset + count])
+            answer.token_ids.setdefault(choice, []).extend(token_ids)
+            answer.rows.append((deltas.texts[row], token_ids))
             answer.logprobs.extend(deltas.logprobs.get(row, ()))
             answer.deltas += 1
             offset += count

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterable
+from typing import Any
+
+import msgspec
 
 from protos.core.contract import ChatPrompt, FailureKind, TextPrompt, TokenPrompt
 from tests.engine.conftest import CONTEXT_TOKENS
@@ -95,6 +99,63 @@ async def test_logprobs_come_one_per_token_with_alternatives(address: str) -> No
         assert logprob.token_bytes == logprob.token.encode()
     own = await ask_one(address, CHAT, max_tokens=2, ignore_eos=True, logprobs=0)
     assert len(own.logprobs) == 2
+
+
+async def check_resumed(address: str, prompt: object, cuts: Iterable[int], **sampling: Any) -> Answer:
+    """Cut an answer after some of its deltas: what is resumed there ends as the whole one does. Returns that."""
+    whole = await ask_one(address, prompt, **sampling)
+    assert whole.finished is not None
+    submits = []
+    for slot, cut in enumerate(cuts, 1):
+        token_ids = tuple(token_id for _, ids in whole.rows[:cut] for token_id in ids)
+        submits.append(msgspec.structs.replace(submit(slot, prompt, **sampling), resumed_token_ids=token_ids))
+    async with connect(address) as peer:
+        answers = await peer.ask(*submits)
+    for cut, answer in zip(cuts, answers, strict=True):
+        assert answer.finished is not None, answer.failed
+        rest = whole.rows[cut:]
+        assert answer.text == "".join(text for text, _ in rest), f"cut after {cut}"
+        assert answer.token_ids.get(0, []) == [token_id for _, ids in rest for token_id in ids], f"cut after {cut}"
+        assert answer.finished.reasons == whole.finished.reasons
+        assert answer.finished.prompt_tokens == whole.finished.prompt_tokens
+        assert answer.finished.output_tokens == len(answer.token_ids.get(0, []))
+    return whole
+
+
+async def test_resumed_answer_goes_on_where_it_was_cut(address: str) -> None:
+    """Wherever that is: before the last token nothing is left but the end."""
+    await check_resumed(address, CHAT, range(1, 17), max_tokens=16, temperature=0.0, ignore_eos=True, min_tokens=6)
+
+
+async def test_resumed_answer_has_the_text_that_was_held_back(address: str) -> None:
+    """Characters of several tokens: a cut may fall between them. A stop string holds back what may begin it."""
+    prompt = TextPrompt("日本語の文章を続けてください。むかしむかし、")
+    sampling: dict[str, Any] = {"max_tokens": 24, "temperature": 0.0, "ignore_eos": True}
+    plain = await check_resumed(address, prompt, range(1, 25), **sampling)
+    stop = plain.text[len(plain.text) // 2 :][:6]
+    assert stop
+    for is_included in (False, True):
+        stopping = sampling | {"stop": (stop,), "include_stop_in_output": is_included}
+        cut = await ask_one(address, prompt, **stopping)
+        assert cut.finished is not None
+        assert cut.finished.reasons == ("stop",)
+        await check_resumed(address, prompt, range(1, len(cut.rows) + 1), **stopping)
+
+
+async def test_answer_that_was_over_when_it_was_cut_only_ends(address: str) -> None:
+    """The last token had come, the word of the end had not: neither a token more nor another reason."""
+    sampling: dict[str, Any] = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    whole = await ask_one(address, CHAT, **sampling)
+    stop = whole.token_ids[0][5]
+    ended = await ask_one(address, CHAT, stop_token_ids=(stop,), **sampling)
+    await check_resumed(address, CHAT, [len(ended.rows)], stop_token_ids=(stop,), **sampling)
+
+
+async def test_only_one_choice_can_be_resumed(address: str) -> None:
+    async with connect(address) as peer:
+        (answer,) = await peer.ask(msgspec.structs.replace(submit(1, CHAT, n=2), resumed_token_ids=(5,)))
+    assert answer.failed is not None
+    assert answer.failed.kind == FailureKind.INVALID
 
 
 async def test_answer_without_max_tokens_may_fill_the_context(address: str) -> None:

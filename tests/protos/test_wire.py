@@ -89,6 +89,7 @@ submits = st.builds(
     model=text,
     priority=i32,
     traceparent=text,
+    resumed_token_ids=tuples_of(u32, 50),
 )
 gateway_frames = st.builds(
     GatewayFrame,
