@@ -1,20 +1,29 @@
 """A continuous-batching engine, one step at a time: no I/O, no clock.
 
-Sequences run in order of arrival under a budget of tokens per step, decodes and running prefills first, then new
-sequences as slots, budget and KV blocks allow. When blocks run out, the sequence that was admitted last gives its
-blocks back and waits to be computed again. The policy is that of vLLM's V1 scheduler, without its prefix cache.
+The policy is that of vLLM's V1 scheduler (v1/core/sched/scheduler.py of 0.32) with `scheduling_policy="priority"`, as
+Tidegate runs it: sequences run under a budget of tokens per step, decodes and running prefills first in order of
+admission, then waiting ones by priority and arrival as slots, budget and KV blocks allow. Prompts are computed in
+chunks of the budget; one is admitted when blocks for all of it are free. When blocks run out, the sequence of the
+lowest priority that arrived last gives its blocks back and waits to be computed again, and none is admitted in that
+step. Full blocks are cached by hash and shared; at least one token is always computed. vLLM's watermark is 0 and not
+modelled, nor are speculative decoding and asynchronous scheduling.
 """
 
 from __future__ import annotations
 
 import heapq
+from collections import abc
+from operator import attrgetter
 from typing import Generic, TypeVar
 
 import msgspec
 
+from engine.sim.kv_cache import KvCache
 from engine.sim.parameters import SimParameters
 
 T = TypeVar("T")
+
+_rank = attrgetter("rank")
 
 
 class Limits(msgspec.Struct, frozen=True):
@@ -26,10 +35,14 @@ class Sequence(Generic[T]):
     """One sequence. `output_tokens` is how many it will generate, known from the start; `owner` is the caller's."""
 
     __slots__ = (
+        "block_hashes",
         "blocks",
+        "cached_tokens",
         "computed",
         "first_token_ns",
         "generated",
+        "hashed_blocks",
+        "held",
         "is_over",
         "is_running",
         "last_token_ns",
@@ -42,11 +55,20 @@ class Sequence(Generic[T]):
         "scheduled_ns",
     )
 
-    def __init__(self, owner: T, prompt_tokens: int, output_tokens: int, rank: tuple[int, int], queued_ns: int) -> None:
+    def __init__(
+        self,
+        owner: T,
+        prompt_tokens: int,
+        output_tokens: int,
+        rank: tuple[int, int],
+        block_hashes: abc.Sequence[int],
+        queued_ns: int,
+    ) -> None:
         self.owner = owner
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.rank = rank
+        self.block_hashes = block_hashes
         self.queued_ns = queued_ns
         self.scheduled_ns = 0
         self.first_token_ns = 0
@@ -55,6 +77,12 @@ class Sequence(Generic[T]):
         self.computed = 0
         """Tokens whose KV is in the cache."""
         self.blocks = 0
+        self.hashed_blocks = 0
+        """Leading blocks whose hashes the cache was told."""
+        self.held: list[int] = []
+        """Those of them that it shares or could share; its other blocks are private."""
+        self.cached_tokens = 0
+        """Prompt tokens found in the cache when it was first admitted."""
         self.preemptions = 0
         self.is_running = False
         self.is_over = False
@@ -88,12 +116,16 @@ class Simulator(Generic[T]):
         self._waiting: list[tuple[tuple[int, int], Sequence[T]]] = []
         """A heap by (priority, arrival). Cancelled sequences stay until they surface."""
         self._submitted = 0
-        self._free_blocks = parameters.kv_blocks
+        self._cache = KvCache(parameters.kv_blocks)
         self._cancelled_running = 0
         self.waiting_count = 0
         self.queued_prefill_tokens = 0
         """Tokens that waiting sequences have to compute before their next token."""
         self.preemptions = 0
+        self.prefix_queries = 0
+        """Tokens looked up in the prefix cache by sequences admitted for the first time."""
+        self.prefix_hits = 0
+        """Those of them that were found."""
         self.step_ns = 0
 
     @property
@@ -102,17 +134,29 @@ class Simulator(Generic[T]):
 
     @property
     def used_blocks(self) -> int:
-        return self._parameters.kv_blocks - self._free_blocks
+        return self._parameters.kv_blocks - self._cache.free
 
     def submit(
-        self, owner: T, *, prompt_tokens: int, output_tokens: int, priority: int = 0, now_ns: int
+        self,
+        owner: T,
+        *,
+        prompt_tokens: int,
+        output_tokens: int,
+        priority: int = 0,
+        block_hashes: abc.Sequence[int] = (),
+        now_ns: int,
     ) -> Sequence[T]:
-        """Queue a sequence of at least one prompt and one output token that together fit the KV cache."""
+        """Queue a sequence of at least one prompt and one output token that together fit the KV cache.
+
+        `block_hashes` are numbers of 0 and more that stand for the content of its blocks and of all before them, of
+        the prompt and, where known, of prompt and answer: two sequences share the blocks whose numbers are equal.
+        Blocks past the last number are like no other sequence's.
+        """
         assert prompt_tokens > 0
         assert output_tokens > 0
         assert prompt_tokens + output_tokens <= self._parameters.kv_blocks * self._block_tokens
         self._submitted += 1
-        sequence = Sequence(owner, prompt_tokens, output_tokens, (priority, self._submitted), now_ns)
+        sequence = Sequence(owner, prompt_tokens, output_tokens, (priority, self._submitted), block_hashes, now_ns)
         self._enqueue(sequence)
         return sequence
 
@@ -154,7 +198,14 @@ class Simulator(Generic[T]):
             if chunk > budget:
                 chunk = budget
             if sequence.computed + chunk > sequence.blocks * block_tokens and not self._grow(sequence, chunk):
-                break
+                victim = self._preempt_one()
+                if victim == index:
+                    break
+                if victim < index:
+                    del scheduled[victim]
+                    budget += chunks.pop(victim)
+                    index -= 1
+                continue
             scheduled.append(sequence)
             chunks.append(chunk)
             budget -= chunk
@@ -162,19 +213,24 @@ class Simulator(Generic[T]):
         return budget
 
     def _grow(self, sequence: Sequence[T], chunk: int) -> bool:
-        """Give a running sequence the blocks for its next tokens, taking them from the last ones admitted.
-
-        False where it had to give up its own.
-        """
-        needed = -(-(sequence.computed + chunk) // self._block_tokens) - sequence.blocks
-        while needed > self._free_blocks:
-            victim = self._running.pop()
-            self._preempt(victim)
-            if victim is sequence:
-                return False
+        """Give a running sequence the blocks for its next tokens; False where there are not enough."""
+        end = sequence.computed + chunk
+        needed = -(-end // self._block_tokens) - sequence.blocks
+        if needed > self._cache.free:
+            return False
+        self._cache.allocate(needed)
         sequence.blocks += needed
-        self._free_blocks -= needed
+        if sequence.block_hashes:
+            self._publish(sequence, end)
         return True
+
+    def _preempt_one(self) -> int:
+        """Take the blocks of the sequence that is to be served last. Returns its place among the running ones."""
+        sequence = max(self._running, key=_rank)
+        index = self._running.index(sequence)
+        del self._running[index]
+        self._preempt(sequence)
+        return index
 
     def _admit(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int, now_ns: int) -> None:
         while self._waiting and budget > 0 and len(self._running) < self._limits.max_sequences:
@@ -182,21 +238,54 @@ class Simulator(Generic[T]):
             if sequence.is_over:
                 heapq.heappop(self._waiting)
                 continue
-            chunk = min(sequence.uncomputed, budget)
-            blocks = -(-chunk // self._block_tokens)
-            if blocks > self._free_blocks:
+            uncomputed = sequence.uncomputed
+            if not self._allocate(sequence):
                 return
             heapq.heappop(self._waiting)
             self.waiting_count -= 1
-            self.queued_prefill_tokens -= sequence.uncomputed
-            self._free_blocks -= blocks
-            sequence.blocks = blocks
+            self.queued_prefill_tokens -= uncomputed
+            chunk = min(sequence.uncomputed, budget)
+            grown = self._grow(sequence, chunk)
+            assert grown, "blocks for the whole sequence were free"
             sequence.is_running = True
             sequence.scheduled_ns = sequence.scheduled_ns or now_ns
             self._running.append(sequence)
             scheduled.append(sequence)
             chunks.append(chunk)
             budget -= chunk
+
+    def _allocate(self, sequence: Sequence[T]) -> bool:
+        """Let a waiting sequence hold what is cached of it; False where the rest of it would not fit."""
+        cache, number = self._cache, sequence.rank[1]
+        tokens = sequence.prompt_tokens + sequence.generated
+        computable = (tokens - 1) // self._block_tokens
+        found = cache.find(sequence.block_hashes[:computable])
+        run = 0
+        if sequence.preemptions and len(found) == len(sequence.block_hashes):
+            run = min(cache.count_run(number), computable - len(found))
+        cached = len(found) + run
+        needed = -(-tokens // self._block_tokens) - cached
+        if needed + cache.count_idle(found) + run > cache.free:
+            return False
+        cache.hold(found)
+        cache.resume(number, run)
+        sequence.held = found
+        sequence.hashed_blocks = len(found)
+        sequence.blocks = cached
+        sequence.computed = cached * self._block_tokens
+        if not sequence.preemptions:
+            sequence.cached_tokens = sequence.computed
+            self.prefix_queries += tokens
+            self.prefix_hits += sequence.computed
+        return True
+
+    def _publish(self, sequence: Sequence[T], tokens: int) -> None:
+        """Make known the blocks that `tokens` tokens fill."""
+        full = min(tokens // self._block_tokens, len(sequence.block_hashes))
+        if full > sequence.hashed_blocks:
+            filled = sequence.block_hashes[sequence.hashed_blocks : full]
+            sequence.held.extend(filter(self._cache.publish, filled))
+            sequence.hashed_blocks = full
 
     def _duration_ns(self, scheduled: list[Sequence[T]], chunks: list[int]) -> int:
         prefill_tokens = prefill_pairs = decodes = kv_tokens = 0
@@ -252,5 +341,9 @@ class Simulator(Generic[T]):
         self.queued_prefill_tokens += sequence.uncomputed
 
     def _release(self, sequence: Sequence[T]) -> None:
-        self._free_blocks += sequence.blocks
-        sequence.blocks = 0
+        self._publish(sequence, sequence.computed)
+        private = sequence.blocks - len(sequence.held)
+        run = max(0, sequence.computed // self._block_tokens - len(sequence.block_hashes))
+        self._cache.release(sequence.held, sequence.rank[1], run, private - run)
+        sequence.held = []
+        sequence.blocks = sequence.hashed_blocks = 0

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
+import random
+
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
@@ -105,6 +108,104 @@ def test_cancelled_sequence_frees_its_blocks_at_once() -> None:
     assert sim.step(1) is None
 
 
+def test_repeated_prompt_computes_its_last_block_only() -> None:
+    sim = simulator()
+    for name in ("first", "second"):
+        sequence = sim.submit(name, prompt_tokens=12, output_tokens=1, block_hashes=(1, 2, 3), now_ns=0)
+        run(sim)
+    assert sequence.cached_tokens == 8
+    assert (sim.prefix_queries, sim.prefix_hits) == (24, 8)
+
+
+def test_block_that_follows_another_prefix_is_not_found() -> None:
+    sim = simulator()
+    sim.submit("first", prompt_tokens=12, output_tokens=1, block_hashes=(1, 2, 3), now_ns=0)
+    run(sim)
+    other = sim.submit("other", prompt_tokens=12, output_tokens=1, block_hashes=(1, 9, 3), now_ns=0)
+    run(sim)
+    assert other.cached_tokens == 4
+
+
+def test_next_turn_finds_the_blocks_of_the_answer_before_it() -> None:
+    sim = simulator()
+    sim.submit("first", prompt_tokens=6, output_tokens=11, block_hashes=(1, 2, 3, 4), now_ns=0)
+    run(sim)
+    second = sim.submit("second", prompt_tokens=20, output_tokens=1, block_hashes=(1, 2, 3, 4, 5), now_ns=0)
+    run(sim)
+    assert second.cached_tokens == 16, "the last token was never computed, but it is in no full block"
+
+
+def test_sequences_of_one_step_share_their_prefix() -> None:
+    sim = simulator(budget=64)
+    first = sim.submit("first", prompt_tokens=12, output_tokens=2, block_hashes=(1, 2, 3), now_ns=0)
+    second = sim.submit("second", prompt_tokens=14, output_tokens=2, block_hashes=(1, 2, 3), now_ns=0)
+    sim.step(0)
+    assert (first.cached_tokens, second.cached_tokens) == (0, 12)
+    assert sim.used_blocks == 4
+    sim.cancel(first)
+    assert sim.used_blocks == 4, "the second still holds them"
+
+
+def test_unique_prompts_push_cached_ones_out() -> None:
+    sim = simulator(budget=64)
+    sim.submit("known", prompt_tokens=12, output_tokens=1, block_hashes=(1, 2, 3), now_ns=0)
+    run(sim)
+    for name in ("a", "b"):
+        sim.submit(name, prompt_tokens=28, output_tokens=1, now_ns=0)
+        run(sim)
+    again = sim.submit("again", prompt_tokens=12, output_tokens=1, block_hashes=(1, 2, 3), now_ns=0)
+    run(sim)
+    assert again.cached_tokens == 0
+
+
+def test_preempted_sequence_finds_what_is_left_of_its_own_blocks() -> None:
+    parameters = SimParameters(prefill_token_us=1, kv_blocks=BLOCKS, kv_block_tokens=BLOCK_TOKENS)
+    sim = simulator(parameters, budget=64)
+    sim.submit("first", prompt_tokens=12, output_tokens=8, now_ns=0)
+    second = sim.submit("second", prompt_tokens=12, output_tokens=12, now_ns=0)
+    steps = run(sim)
+    assert second.preemptions == 1
+    prefills = [sim_step.ended_ns - before.ended_ns for before, sim_step in itertools.pairwise(steps)]
+    assert [duration for duration in prefills if duration] == [5_000], "of 17 tokens the first took the last block's"
+    assert second.cached_tokens == 0, "as vLLM counts: what it found when it came"
+    assert sim.prefix_queries == 24
+
+
+def test_sequence_of_low_priority_gives_way_though_it_was_admitted_first() -> None:
+    sim = simulator()
+    batch = sim.submit("batch", prompt_tokens=12, output_tokens=16, priority=1, now_ns=0)
+    sim.step(0)
+    critical = sim.submit("critical", prompt_tokens=12, output_tokens=16, priority=0, now_ns=1)
+    run(sim, now_ns=1)
+    assert (batch.preemptions, critical.preemptions) == (1, 0)
+
+
+def test_prompt_waits_until_blocks_for_all_of_it_are_free() -> None:
+    sim = simulator(budget=8)
+    sim.submit("running", prompt_tokens=8, output_tokens=4, now_ns=0)
+    late = sim.submit("late", prompt_tokens=24, output_tokens=1, now_ns=0)
+    sim.step(0)
+    step = sim.step(1)
+    assert step is not None
+    assert late.scheduled_ns == 0, "its first chunk would fit, but all of it would not"
+    run(sim, now_ns=2)
+    assert late.is_over
+
+
+def test_same_submits_make_the_same_steps() -> None:
+    def steps() -> list[tuple[int, list[str], list[str]]]:
+        draw = random.Random(7)
+        sim = simulator(SimParameters(step_us=9, decode_us=1.5, kv_token_ns=3, kv_blocks=64), sequences=16, budget=64)
+        for number in range(200):
+            prompt, output = draw.randint(1, 200), draw.randint(1, 60)
+            document = draw.randrange(8) * 1000
+            hashes = range(document, document + draw.randint(0, 12))
+            sim.submit(str(number), prompt_tokens=prompt, output_tokens=output, block_hashes=hashes, now_ns=0)
+        return [(step.ended_ns, owners(step.tokens), owners(step.finished)) for step in run(sim)]
+
+    assert steps() == steps()
+
+
 class Engine(RuleBasedStateMachine):
     """Any order of submits, cancels and steps."""
 
@@ -120,13 +221,20 @@ class Engine(RuleBasedStateMachine):
         prompt=st.integers(1, 20),
         output=st.integers(1, 12),
         priority=st.integers(-1, 1),
+        document=st.integers(0, 2),
+        known=st.integers(0, 8),
     )
-    def submit(self, prompt: int, output: int, priority: int) -> None:
+    def submit(self, prompt: int, output: int, priority: int, document: int, known: int) -> None:
         self.count += 1
         name = str(self.count)
         self.tokens[name] = 0
         self.open[name] = self.sim.submit(
-            name, prompt_tokens=prompt, output_tokens=output, priority=priority, now_ns=self.now_ns
+            name,
+            prompt_tokens=prompt,
+            output_tokens=output,
+            priority=priority,
+            block_hashes=range(document * 10, document * 10 + known),
+            now_ns=self.now_ns,
         )
 
     @precondition(lambda self: self.open)
@@ -150,8 +258,10 @@ class Engine(RuleBasedStateMachine):
 
     @invariant()
     def nothing_leaks(self) -> None:
-        held = [sequence.blocks for sequence in self.open.values()]
-        assert sum(held) == self.sim.used_blocks <= BLOCKS
+        shared = {block for sequence in self.open.values() for block in sequence.held}
+        private = [sequence.blocks - len(sequence.held) for sequence in self.open.values()]
+        assert min(private, default=0) >= 0
+        assert len(shared) + sum(private) == self.sim.used_blocks <= BLOCKS
         assert all(sequence.is_running or not sequence.blocks for sequence in self.open.values())
         assert self.sim.running_count + self.sim.waiting_count == len(self.open)
         waiting = [sequence for sequence in self.open.values() if not sequence.is_running]
