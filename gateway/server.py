@@ -10,11 +10,12 @@ import msgspec
 import uvicorn
 from litestar.types import ASGIApp
 from uvicorn._types import ASGI3Application
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol, RequestResponseCycle
+from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
+
+from gateway.connection import Connection
 
 WIRE = "tidegate.wire"
 """Key of the ASGI scope under which a request finds its Wire."""
-KEEP_ALIVE_SECONDS = 75
 BACKLOG = 4096
 LAST_WORDS_SECONDS = 5
 """How long connections may take to close after the drain."""
@@ -64,7 +65,7 @@ class Wire:
         return write_text
 
 
-class _Protocol(HttpToolsProtocol):
+class _Protocol(Connection):
     """One connection."""
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
@@ -89,7 +90,6 @@ class Server(uvicorn.Server):
                 server_header=False,
                 date_header=False,
                 proxy_headers=False,
-                timeout_keep_alive=KEEP_ALIVE_SECONDS,
                 timeout_graceful_shutdown=LAST_WORDS_SECONDS,
                 backlog=BACKLOG,
             )

@@ -12,6 +12,7 @@
         ├── BodyTimeout         408  the body did not arrive in time
         ├── TooLarge            413  body over the limit
         ├── Overloaded          429  capacity is contended or a limit was hit; retry after a while
+        ├── HeadersTooLarge     431  headers over the limit
         ├── Unavailable         503  nothing is ready, or draining, or the worker failed before the first token
         └── DeadlineExceeded    504  accepted, dispatched, and not answered in time
 
@@ -116,6 +117,13 @@ class BodyTimeout(RequestError):
 class TooLarge(RequestError):
     code = "request_too_large"
     http_status = 413
+    grpc_status = grpc.StatusCode.INVALID_ARGUMENT
+    type = "invalid_request_error"
+
+
+class HeadersTooLarge(RequestError):
+    code = "headers_too_large"
+    http_status = 431
     grpc_status = grpc.StatusCode.INVALID_ARGUMENT
     type = "invalid_request_error"
 
