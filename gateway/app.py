@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from typing import Any
 
 from litestar import Litestar, MediaType, Request, Response, get
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
-from litestar.handlers import ASGIRouteHandler, asgi
+from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler, asgi
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
 from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render_error
 from gateway.calls import parse_chat, parse_completion, parse_generate
 from gateway.fleet import Fleet
+from gateway.openapi import operator_document, public_document
 from gateway.pipeline import Endpoint, Pipeline
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
+from gateway.settings import Limits
 from protos.core.errors import InvalidRequest, RequestError, Unavailable
 
 log = logging.getLogger("tidegate.gateway")
@@ -42,14 +45,19 @@ class Bug(RequestError):
     code = "internal_error"
 
 
-def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler) -> Litestar:
+def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, limits: Limits) -> Litestar:
     """OpenAI's API, /generate, and the probes."""
 
     @get("/v1/models", sync_to_thread=False)
     def models() -> dict[str, Any]:
         return {"object": "list", "data": _models(scheduler, fleet)}
 
-    return _app([*(_inference(pipeline, endpoint) for endpoint in ENDPOINTS), models, *_probes(pipeline, fleet)])
+    def document() -> bytes:
+        return public_document(limits, pipeline.tenants.bands)
+
+    document()  # made before there is traffic that would wait for it
+    inference = [_inference(pipeline, endpoint) for endpoint in ENDPOINTS]
+    return _app([*inference, models, *_probes(pipeline, fleet), _published(document)])
 
 
 def operator_app(
@@ -65,7 +73,7 @@ def operator_app(
     def state() -> dict[str, Any]:
         return _state(pipeline, fleet, scheduler, recorder)
 
-    return _app([metrics, state, *_probes(pipeline, fleet)])
+    return _app([metrics, state, *_probes(pipeline, fleet), _published(operator_document)])
 
 
 def _app(handlers: list[Any]) -> Litestar:
@@ -78,13 +86,21 @@ def _app(handlers: list[Any]) -> Litestar:
     )
 
 
+def _published(document: Callable[[], bytes]) -> HTTPRouteHandler:
+    @get("/openapi.json", sync_to_thread=False)
+    def openapi() -> Response[bytes]:
+        return Response(document(), media_type=MediaType.JSON)
+
+    return openapi
+
+
 def _inference(pipeline: Pipeline, endpoint: Endpoint) -> ASGIRouteHandler:
     """A plain ASGI route: tokens go to the server's `send` without a response object in between."""
 
     @asgi(endpoint.path, copy_scope=False)
     async def handle(scope: Any, receive: Any, send: Any) -> None:
         if scope["method"] != "POST":
-            raise MethodNotAllowedException
+            raise MethodNotAllowedException(headers={"allow": "POST"})
         await pipeline.handle(endpoint, scope, receive, send)
 
     return handle
@@ -162,11 +178,12 @@ def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Rec
 
 def _explain_http(request: Request[Any, Any, Any], error: HTTPException) -> Response[bytes]:
     """Litestar's own refusals, in OpenAI's words."""
+    path = request.scope["path"]  # request.url is made from the Host header, which may be anything
     match error:
         case NotFoundException():
-            return _refuse(NotHere(f"{request.url.path}: no such endpoint"))
+            return _refuse(NotHere(f"{path}: no such endpoint"))
         case MethodNotAllowedException():
-            return _refuse(WrongMethod(f"{request.method} is not allowed on {request.url.path}"))
+            return _refuse(WrongMethod(f"{request.method} is not allowed on {path}"), headers=error.headers)
         case _:
             return _refuse(InvalidRequest(error.detail), status=error.status_code)
 
@@ -174,9 +191,11 @@ def _explain_http(request: Request[Any, Any, Any], error: HTTPException) -> Resp
 def _explain_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
     if isinstance(error, Unavailable):
         return _refuse(error)
-    log.error("bug while answering %s", request.url.path, exc_info=error)
+    log.error("bug while answering %s", request.scope["path"], exc_info=error)
     return _refuse(Bug("internal error"))
 
 
-def _refuse(error: RequestError, status: int | None = None) -> Response[bytes]:
-    return Response(render_error(error), status_code=status or error.http_status, media_type=MediaType.JSON)
+def _refuse(error: RequestError, status: int | None = None, headers: dict[str, str] | None = None) -> Response[bytes]:
+    return Response(
+        render_error(error), status_code=status or error.http_status, headers=headers, media_type=MediaType.JSON
+    )

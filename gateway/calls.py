@@ -24,7 +24,25 @@ Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]
 Seed = Annotated[int, msgspec.Meta(ge=-INT64_MAX - 1, le=INT64_MAX)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
-Stop = str | Annotated[list[str], msgspec.Meta(max_length=16)]
+Text = Annotated[str, msgspec.Meta(min_length=1)]
+TokenIds = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
+Stop = Text | Annotated[list[Text], msgspec.Meta(max_length=16)]
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+
+
+def _rule(description: str, **schema: Any) -> msgspec.Meta:
+    """What the published schema says of a field beyond its type: rules that are checked after decoding."""
+    return msgspec.Meta(description=description, extra_json_schema=schema)
+
+
+NOT_SUPPORTED = "Not supported."
+TEXT_FORMAT = {"required": ["type"], "properties": {"type": {"const": "text"}}}
+NoList = Annotated[list[Any], _rule(NOT_SUPPORTED, maxItems=0)]
+NoValue = Annotated[Any, _rule(NOT_SUPPORTED, enum=[None, False, 0, "", [], {}])]
+LogitBias = Annotated[
+    dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]],
+    _rule("By token id.", propertyNames={"pattern": "^[0-9]{1,9}$"}),
+]
 
 
 class StreamOptions(msgspec.Struct):
@@ -43,7 +61,7 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     seed: Seed | None = None
     presence_penalty: Penalty | None = None
     frequency_penalty: Penalty | None = None
-    logit_bias: dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]] | None = None
+    logit_bias: LogitBias | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -66,16 +84,16 @@ class ChatBody(_SamplingFields, kw_only=True):
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
-    chat_template_kwargs: msgspec.Raw = msgspec.Raw()
+    chat_template_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     """Empty where absent; msgspec takes `Raw | None` for None."""
 
-    tools: list[Any] | None = None
-    tool_choice: Any = None
-    functions: list[Any] | None = None
-    function_call: Any = None
-    response_format: dict[str, Any] | None = None
-    modalities: list[str] | None = None
-    audio: Any = None
+    tools: NoList | None = None
+    tool_choice: Annotated[Any, _rule(NOT_SUPPORTED, enum=[None, "none", "auto"])] = None
+    functions: NoList | None = None
+    function_call: NoValue = None
+    response_format: Annotated[dict[str, Any], _rule("Text only.", **TEXT_FORMAT)] | None = None
+    modalities: Annotated[list[str], _rule("Text only.", const=["text"])] | None = None
+    audio: NoValue = None
 
 
 class CompletionBody(_SamplingFields, kw_only=True):
@@ -83,15 +101,15 @@ class CompletionBody(_SamplingFields, kw_only=True):
 
     prompt: str | list[Any]
     logprobs: Annotated[int, msgspec.Meta(ge=0, le=5)] | None = None
-    echo: bool | None = None
-    suffix: str | None = None
-    best_of: int | None = None
+    echo: Annotated[bool, _rule(NOT_SUPPORTED, const=False)] | None = None
+    suffix: Annotated[str, _rule(NOT_SUPPORTED, maxLength=0)] | None = None
+    best_of: Annotated[int, _rule("Not supported, but as `n`.")] | None = None
 
 
 class GenerateBody(msgspec.Struct, kw_only=True):
     """Body of POST /generate."""
 
-    prompt: str
+    prompt: Text
     model: str | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
@@ -100,14 +118,46 @@ class GenerateBody(msgspec.Struct, kw_only=True):
 
 
 class TextPart(msgspec.Struct):
-    type: str
+    type: Annotated[str, _rule("Text only.", const="text")]
     text: str | None = None
 
 
+Part = Annotated[TextPart, _rule("Text only.", required=["text"], properties={"text": {"type": "string"}})]
+
+
 class Message(msgspec.Struct):
-    role: str
-    content: str | list[TextPart] | None = None
+    role: Annotated[str, _rule("Who speaks.", enum=list(ROLES))]
+    content: str | list[Part] | None = None
     tool_calls: list[Any] | None = None
+
+
+Messages = Annotated[
+    list[
+        Annotated[
+            Message,
+            _rule(
+                "With `content`, or with `tool_calls`.",
+                anyOf=[
+                    {"required": ["content"], "properties": {"content": {"type": ["string", "array"]}}},
+                    {"required": ["tool_calls"], "properties": {"tool_calls": {"type": "array", "minItems": 1}}},
+                ],
+            ),
+        ]
+    ],
+    msgspec.Meta(min_length=1),
+]
+PROMPTS = (
+    Text,
+    TokenIds,
+    Annotated[list[Text], msgspec.Meta(min_length=1, max_length=1)],
+    Annotated[list[TokenIds], msgspec.Meta(min_length=1, max_length=1)],
+)
+LATE_FIELDS: dict[tuple[str, str], tuple[Any, ...]] = {
+    ("ChatBody", "messages"): (Messages,),
+    ("ChatBody", "chat_template_kwargs"): (dict[str, Any], None),
+    ("CompletionBody", "prompt"): PROMPTS,
+}
+"""What fields hold that are decoded after their body, because workers get them as they came."""
 
 
 class Call(msgspec.Struct, frozen=True, kw_only=True):
@@ -131,13 +181,12 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
 
 Parser = Callable[[bytes], Call | InvalidRequest]
 
-ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
 _PATH = re.compile(r" - at `(?:key in )?\$\.?(?P<path>[^`]*)`$")
 _chat_decoder = msgspec.json.Decoder(ChatBody)
 _completion_decoder = msgspec.json.Decoder(CompletionBody)
 _generate_decoder = msgspec.json.Decoder(GenerateBody)
-_messages_decoder = msgspec.json.Decoder(list[Message])
+_messages_decoder = msgspec.json.Decoder(Messages)
 _kwargs_decoder = msgspec.json.Decoder(dict[str, Any])
 _token_ids_decoder_type = tuple[TokenId, ...]
 
@@ -232,8 +281,6 @@ def _parse_completion(body: bytes) -> Call:
 
 def _parse_generate(body: bytes) -> Call:
     generate = _generate_decoder.decode(body)
-    if not generate.prompt:
-        raise InvalidRequest("prompt: must not be empty", param="prompt")
     return Call(
         model=generate.model,
         prompt=TextPrompt(generate.prompt),
@@ -286,10 +333,7 @@ def _call(
 
 
 def _check_messages(messages: bytes) -> None:
-    parsed = _decode_field(_messages_decoder, messages, "messages")
-    if not parsed:
-        raise InvalidRequest("messages: must not be empty", param="messages")
-    for index, message in enumerate(parsed):
+    for index, message in enumerate(_decode_field(_messages_decoder, messages, "messages")):
         at = f"messages[{index}]"
         if message.role not in ROLES:
             raise InvalidRequest(f"{at}.role: must be one of {', '.join(ROLES)}", param=f"{at}.role")

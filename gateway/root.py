@@ -99,7 +99,7 @@ async def _serve(
         refusal = tasks.create_task(_refusal(fleet, stop))
         sessions.append(tasks.create_task(reload.run(pipeline)))
         servers = [
-            Server(public_app(pipeline, fleet, scheduler)),
+            Server(public_app(pipeline, fleet, scheduler, settings.limits)),
             Server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
         ]
         running = [

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
 from gateway.calls import Call
@@ -10,6 +12,10 @@ from gateway.settings import Limits
 from gateway.tenants import Tenant, TenantTable
 from protos.core import telemetry
 from protos.core.errors import Forbidden, InvalidRequest, RequestError
+
+MILLISECONDS = "[1-9][0-9]{0,11}"
+"""Pattern of the deadline headers' values."""
+_milliseconds_of = re.compile(MILLISECONDS).fullmatch
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,6 +63,6 @@ def _milliseconds(header: str, value: str | None, limit_s: float) -> int | Reque
     limit_ns = int(limit_s * 1e9)
     if value is None:
         return limit_ns
-    if not (value.isascii() and value.isdigit() and len(value) <= 12 and int(value) > 0):
-        return InvalidRequest(f"{header}: must be a positive number of milliseconds", param=header)
+    if _milliseconds_of(value) is None:
+        return InvalidRequest(f"{header}: must be a positive whole number of milliseconds", param=header)
     return min(limit_ns, int(value) * 1_000_000)
