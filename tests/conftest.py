@@ -5,7 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 
+import hypothesis
 import pytest
+
+# How fast examples are made and run says how busy the machine is.
+hypothesis.settings.register_profile(
+    "any-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("any-machine")
 
 REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
 _SKIPPED = pytest.StashKey[list[str]]()
