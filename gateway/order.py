@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import msgspec
 
 from gateway.fairness import LeastServed, ServiceCounters
+from gateway.prefixes import Blocks
 
 AGE_NS = 30_000_000_000
 
@@ -40,6 +41,11 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """What was forecast when it arrived; the forecast learns from it."""
     avoid: tuple[str, ...] = ()
     """The workers of failed attempts."""
+    blocks: Blocks = ()
+    """Of the prompt: what workers may have cached of it."""
+    prompt_bytes: int = 0
+    """Length of what the blocks were cut from."""
+    session: str | None = None
 
 
 class _Waiting(msgspec.Struct):

@@ -1,14 +1,31 @@
-"""Which worker runs a request: the least loaded of those that serve its model and have room."""
+"""Which worker runs a request: the one where it adds the least delay, of those that serve its model and have room.
+
+Cost of a placement = uncached * (batch + 1) + decode * batch + unstarted, in tokens. The prompt tokens that the worker
+does not have cached hold up this request and every sequence of the batch; each token of the answer is made in steps
+that are the longer the larger the batch is; and the prompts that the worker has not started yet come first. The second
+term is what keeps a worker that has what everybody's prompt begins with from getting everybody.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import zlib
+from collections.abc import Iterable, Sequence
 
 import msgspec
 
+from gateway.breaker import Breaker
 from gateway.forecast import EngineForecast
 from gateway.ledger import Ledger
+from gateway.order import Ticket
+from gateway.prefixes import PrefixIndex
 from protos.core.contract import Load, ModelInfo
+
+EJECTED_SHARE = 3
+"""At most one in so many workers of a model is left alone, but one where there are two."""
+WARM_UP_NS = 30_000_000_000
+COLD_WEIGHT = 0.1
+"""A worker that joins a warm fleet counts for so much of itself at first."""
+BYTES_PER_TOKEN = 4
 
 
 class Worker(msgspec.Struct, kw_only=True):
@@ -18,28 +35,87 @@ class Worker(msgspec.Struct, kw_only=True):
     model: ModelInfo
     load: Load = Load()
     is_draining: bool = False
+    """It says so itself."""
+    is_leaving: bool = False
+    """The gateway is to stop using it."""
+    joined_ns: int = 0
+    is_new: bool = False
+    """It joined workers that were warm already."""
     forecast: EngineForecast = msgspec.field(default_factory=EngineForecast)
+    breaker: Breaker = msgspec.field(default_factory=Breaker)
+    prefixes: PrefixIndex = msgspec.field(default_factory=lambda: PrefixIndex(0))
     unstarted_tokens: int = 0
     """Prompt tokens of requests that it was given and whose first token has not come."""
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""
-        return 0 if self.is_draining else self.model.max_sequences - ledger.sequences_on(self.name)
+        if self.is_draining or self.is_leaving:
+            return 0
+        return self.model.max_sequences - ledger.sequences_on(self.name)
+
+    def weight(self, now_ns: int) -> float:
+        """Rises to 1 while a new worker's caches fill."""
+        if not self.is_new:
+            return 1.0
+        return min(1.0, COLD_WEIGHT + (1 - COLD_WEIGHT) * (now_ns - self.joined_ns) / WARM_UP_NS)
+
+    def matched_share(self, ticket: Ticket) -> float:
+        """How much of the prompt the index says it has cached."""
+        return self.prefixes.matched_bytes(ticket.blocks) / ticket.prompt_bytes if ticket.blocks else 0.0
 
 
-def choose(workers: Iterable[Worker], ledger: Ledger, sequences: int, avoid: Collection[str] = ()) -> Worker | None:
-    """The worker with the smallest share of its slots in use; None when none has room for `sequences`.
+class Route(msgspec.Struct, frozen=True):
+    """Where a request goes, and what was expected of it."""
 
-    A request larger than a whole worker is sent to one that is empty. `avoid` are the workers of failed attempts:
-    one of them is taken only when there is no other.
+    worker: Worker
+    matched_share: float
+    """Of the prompt, by the index."""
+    cached_tokens: int
+    """Of the prompt, expected."""
+
+
+def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: int) -> Route | None:
+    """The worker with the smallest cost; None when none has room.
+
+    A request larger than a whole worker is sent to one that is empty. A worker of a failed attempt is taken only when
+    there is no other. Among equals the session's own worker is taken, so that its turns stay together.
     """
-    best: tuple[bool, float, str] | None = None
-    chosen: Worker | None = None
-    for worker in workers:
+    best: tuple[bool, float, int] | None = None
+    chosen: Route | None = None
+    for worker in _trusted([worker for worker in workers if not worker.is_leaving], now_ns):
         room = worker.room(ledger)
-        if room < sequences and not (room > 0 and room == worker.model.max_sequences):
+        slots = worker.model.max_sequences
+        if room < ticket.sequences and not (room > 0 and room == slots):
             continue
-        rank = (worker.name in avoid, 1 - room / worker.model.max_sequences, worker.name)
+        matched_share = worker.matched_share(ticket)
+        cached_tokens = int(ticket.input_tokens * matched_share * worker.prefixes.trust)
+        uncached = ticket.input_tokens - cached_tokens + 1
+        batch = slots - room
+        cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.unstarted_tokens
+        # A worker with more slots is a faster one, as far as anybody here knows.
+        rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), _distance(ticket, worker))
         if best is None or rank < best:
-            best, chosen = rank, worker
+            best, chosen = rank, Route(worker, matched_share, cached_tokens)
     return chosen
+
+
+def _trusted(workers: Sequence[Worker], now_ns: int) -> Sequence[Worker]:
+    """Without those whose breaker is open, as far as there may be so many at once; never without the last one."""
+    ejected = [worker for worker in workers if not worker.breaker.allows(now_ns)]
+    if not ejected:
+        return workers
+    most = min(max(1, len(workers) // EJECTED_SHARE), len(workers) - 1)
+    left_out = {worker.name for worker in ejected[:most]}
+    return [worker for worker in workers if worker.name not in left_out]
+
+
+def _distance(ticket: Ticket, worker: Worker) -> int:
+    """Rendezvous hashing: the same order of workers for a session, whoever joins or leaves; nothing to remember."""
+    if ticket.session is None:
+        return 0
+    return zlib.crc32(f"{ticket.tenant} {ticket.session} {worker.name}".encode())
+
+
+def capacity_bytes(model: ModelInfo) -> int:
+    """About as much prompt text as the model's KV cache holds."""
+    return model.kv_blocks * model.kv_block_tokens * BYTES_PER_TOKEN

@@ -13,17 +13,24 @@ import heapq
 import msgspec
 
 from gateway import router
+from gateway.breaker import Breaker, Verdict
 from gateway.fairness import ServiceCounters
 from gateway.forecast import QueueForecast
 from gateway.ledger import Lease, Ledger
 from gateway.order import FairQueue, Ticket
-from gateway.router import Worker
+from gateway.prefixes import PrefixIndex
+from gateway.router import Route, Worker
 from protos.core.contract import Load, ModelInfo
+
+TELLING_SHARE = 0.2
+"""A smaller part of a prompt, found in a cache or not, is lost in its last block and in the chat template."""
 
 
 class Placement(msgspec.Struct, frozen=True):
     ticket: Ticket
     worker: str
+    cached_tokens: int = 0
+    """Of the prompt, expected in the worker's prefix cache."""
 
 
 class Placements(msgspec.Struct):
@@ -39,11 +46,28 @@ class Running(msgspec.Struct):
     ticket: Ticket
     worker: Worker
     placed_ns: int
+    own_tokens: int
+    """Of its prompt, those that the worker is expected to compute."""
     prefill_tokens: int
-    """Its own prompt and those that the worker had not started before it."""
+    """Its own and those of prompts that the worker had not started before it."""
     charged_tokens: int
     """Output tokens charged so far: what was predicted, then what came."""
+    matched_share: float = 0.0
+    """How much of its prompt the index said that the worker has cached."""
     is_started: bool = False
+
+    def learn_cached(self, actual_share: float) -> None:
+        """Compare what the worker had of the prompt with what its index said."""
+        if self.matched_share > TELLING_SHARE:
+            self.worker.prefixes.learn(self.matched_share, actual_share)
+
+
+class Memory(msgspec.Struct):
+    """What outlives a worker's session: a lost connection is not a new worker."""
+
+    boot_id: str
+    prefixes: PrefixIndex
+    breaker: Breaker
 
 
 class Depth(msgspec.Struct, frozen=True):
@@ -72,6 +96,8 @@ class Scheduler:
         self._running: dict[int, Running] = {}
         self._forecasts: dict[str, QueueForecast] = {}
         self._models: collections.Counter[str] = collections.Counter()
+        """Workers that serve each model, without those that are to leave."""
+        self._memories: dict[str, Memory] = {}
 
     # -- queue
 
@@ -200,38 +226,45 @@ class Scheduler:
             if ticket is None:
                 continue
             serving = (worker for worker in self._workers.values() if model in worker.model.names)
-            worker = router.choose(serving, self.ledger, ticket.sequences, ticket.avoid)
-            if worker is None:
+            route = router.choose(serving, self.ledger, ticket, now_ns)
+            if route is None:
                 continue
             turns.append(model)
-            if self._is_too_late(ticket, worker, now_ns):
+            if self._is_too_late(ticket, route, now_ns):
                 self.leave(ticket.request)
                 decided.shed.append(ticket.request)
                 continue
-            self._bind(ticket, worker, now_ns)
-            decided.placed.append(Placement(ticket, worker.name))
+            self._bind(ticket, route, now_ns)
+            decided.placed.append(Placement(ticket, route.worker.name, route.cached_tokens))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
 
-    def _is_too_late(self, ticket: Ticket, worker: Worker, now_ns: int) -> bool:
+    def _is_too_late(self, ticket: Ticket, route: Route, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
+        worker = route.worker
         if not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
             return False
-        engine_ns = worker.forecast.safe_ns(worker.unstarted_tokens + ticket.input_tokens)
+        engine_ns = worker.forecast.safe_ns(worker.unstarted_tokens + ticket.input_tokens - route.cached_tokens)
         return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
 
-    def _bind(self, ticket: Ticket, worker: Worker, now_ns: int) -> None:
+    def _bind(self, ticket: Ticket, route: Route, now_ns: int) -> None:
+        worker = route.worker
+        worker.breaker.began(now_ns)
+        worker.prefixes.use(ticket.blocks)
         self.leave(ticket.request)
         forecast = self._forecasts.setdefault(ticket.model, QueueForecast())
         forecast.placed(now_ns, others_wait=self.waiting(ticket.model) > 0)
         if ticket.expected_wait_ns is not None:
             forecast.learn(ticket.expected_wait_ns, now_ns - ticket.arrived_ns)
-        worker.unstarted_tokens += ticket.input_tokens
+        own_tokens = ticket.input_tokens - route.cached_tokens
+        worker.unstarted_tokens += own_tokens
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
         )
-        self._running[ticket.request] = Running(ticket, worker, now_ns, worker.unstarted_tokens, ticket.output_tokens)
+        self._running[ticket.request] = Running(
+            ticket, worker, now_ns, own_tokens, worker.unstarted_tokens, ticket.output_tokens, route.matched_share
+        )
         self.counters.charge(ticket.tenant, input_tokens=ticket.input_tokens, output_tokens=ticket.output_tokens)
 
     def charged_tokens(self, request: int) -> int:
@@ -244,16 +277,18 @@ class Scheduler:
         self.counters.charge(running.ticket.tenant, output_tokens=output_tokens - running.charged_tokens)
         running.charged_tokens = output_tokens
 
-    def started(self, request: int, now_ns: int) -> None:
-        """The request's first token has come."""
+    def started(self, request: int, now_ns: int, prompt_tokens: int = 0, cached_tokens: int = 0) -> None:
+        """The request's first token has come; the worker says what its prompt was and what it had of it."""
         running = self._running[request]
+        if prompt_tokens:
+            running.learn_cached(cached_tokens / prompt_tokens)
         running.worker.forecast.learn(running.prefill_tokens, now_ns - running.placed_ns)
         self._end_prefill(running)
 
     def _end_prefill(self, running: Running) -> None:
         if not running.is_started:
             running.is_started = True
-            running.worker.unstarted_tokens -= running.ticket.input_tokens
+            running.worker.unstarted_tokens -= running.own_tokens
 
     def release(self, request: int, output_tokens: int = 0) -> None:
         """The request no longer runs on its worker; its tenant pays for the tokens that it made."""
@@ -269,20 +304,51 @@ class Scheduler:
 
     # -- workers
 
-    def worker_joined(self, name: str, model: ModelInfo) -> None:
+    def worker_joined(self, name: str, model: ModelInfo, *, boot_id: str = "", now_ns: int = 0) -> None:
+        """A worker is connected. One that only reconnects still has its prefix cache."""
         assert name not in self._workers, f"worker {name} joined twice"
-        self._workers[name] = Worker(name=name, model=model)
+        memory = self._memories.get(name)
+        if memory is None or memory.boot_id != boot_id:
+            prefixes = PrefixIndex(router.capacity_bytes(model))
+            memory = self._memories[name] = Memory(boot_id, prefixes, memory.breaker if memory else Breaker())
+        self._workers[name] = Worker(
+            name=name,
+            model=model,
+            joined_ns=now_ns,
+            is_new=any(now_ns - worker.joined_ns > router.WARM_UP_NS for worker in self._workers.values()),
+            prefixes=memory.prefixes,
+            breaker=memory.breaker,
+        )
         self._models.update(model.names)
 
     def worker_left(self, name: str) -> None:
         """Its leases stay until each of its requests is released."""
         worker = self._workers.pop(name)
-        self._models.subtract(worker.model.names)
+        if not worker.is_leaving:
+            self._models.subtract(worker.model.names)
+
+    def worker_forgotten(self, name: str) -> None:
+        """The worker is no longer one of the gateway's."""
+        assert name not in self._workers, f"worker {name} is still connected"
+        self._memories.pop(name, None)
+
+    def worker_leaving(self, name: str, is_leaving: bool) -> None:
+        """Whether the gateway is to send it no more requests; what runs on it goes on."""
+        worker = self._workers[name]
+        if worker.is_leaving != is_leaving:
+            worker.is_leaving = is_leaving
+            (self._models.subtract if is_leaving else self._models.update)(worker.model.names)
 
     def worker_reported(self, name: str, load: Load, is_draining: bool) -> None:
         worker = self._workers[name]
         worker.load = load
         worker.is_draining = is_draining
+
+    def attempt_ended(self, name: str, verdict: Verdict, now_ns: int) -> None:
+        """What an attempt's end, or the loss of a session, says about a worker."""
+        memory = self._memories.get(name)
+        if memory is not None:
+            memory.breaker.record(now_ns, verdict)
 
     @property
     def workers(self) -> list[Worker]:

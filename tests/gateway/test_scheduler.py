@@ -74,33 +74,39 @@ def worker(name: str, slots: int = 4, **facts: object) -> Worker:
     return Worker(name=name, model=model_info(max_sequences=slots), **facts)  # type: ignore[arg-type]
 
 
+def chosen(workers: list[Worker], ledger: Ledger, now_ns: int = 0, **facts: object) -> str | None:
+    route = choose(workers, ledger, ticket(0, **facts), now_ns)
+    return route.worker.name if route is not None else None
+
+
 def test_least_loaded_share_is_chosen() -> None:
     ledger = Ledger()
     ledger.acquire(Lease(request=1, worker="big", sequences=2, tokens=1))
     ledger.acquire(Lease(request=2, worker="small", sequences=1, tokens=1))
     workers = [worker("small", 2), worker("big", 8)]
-    assert choose(workers, ledger, 1).name == "big"  # type: ignore[union-attr]
+    assert chosen(workers, ledger) == "big"
 
 
 def test_full_and_draining_workers_are_not_chosen() -> None:
     ledger = Ledger()
     ledger.acquire(Lease(request=1, worker="full", sequences=4, tokens=1))
-    assert choose([worker("full"), worker("leaving", is_draining=True)], ledger, 1) is None
+    workers = [worker("full"), worker("draining", is_draining=True), worker("leaving", is_leaving=True)]
+    assert chosen(workers, ledger) is None
 
 
 def test_failed_worker_is_the_last_choice() -> None:
     ledger = Ledger()
     ledger.acquire(Lease(request=1, worker="good", sequences=3, tokens=1))
     workers = [worker("bad"), worker("good")]
-    assert choose(workers, ledger, 1, ("bad",)).name == "good"  # type: ignore[union-attr]
-    assert choose(workers[:1], ledger, 1, ("bad",)).name == "bad"  # type: ignore[union-attr]
+    assert chosen(workers, ledger, avoid=("bad",)) == "good"
+    assert chosen(workers[:1], ledger, avoid=("bad",)) == "bad"
 
 
 def test_request_larger_than_a_worker_waits_for_an_empty_one() -> None:
     ledger = Ledger()
-    assert choose([worker("w", 4)], ledger, 16).name == "w"  # type: ignore[union-attr]
+    assert chosen([worker("w", 4)], ledger, sequences=16) == "w"
     ledger.acquire(Lease(request=1, worker="w", sequences=1, tokens=1))
-    assert choose([worker("w", 4)], ledger, 16) is None
+    assert chosen([worker("w", 4)], ledger, sequences=16) is None
 
 
 # ---------------------------------------------------------------- scheduler

@@ -1,0 +1,208 @@
+"""Where requests go: prefixes, load, sessions, breakers and warm-up."""
+
+from __future__ import annotations
+
+import collections
+import random
+from typing import Any
+
+import pytest
+
+from gateway.breaker import Verdict
+from gateway.order import Ticket
+from gateway.prefixes import cut
+from gateway.router import WARM_UP_NS
+from gateway.scheduler import Scheduler
+from tests.gateway.fakes import model_info
+
+TEXT = random.Random(1).randbytes(400_000)
+SECOND_NS = 1_000_000_000
+MODEL = {"names": ("m",), "max_sequences": 64, "kv_blocks": 10_000, "kv_block_tokens": 16}
+
+
+class Fleet:
+    """A scheduler with a few equal workers; each placed request runs until `end`."""
+
+    def __init__(self, workers: int) -> None:
+        self.scheduler = Scheduler()
+        self.now_ns = 0
+        self.numbers = 0
+        for number in range(workers):
+            self.join(f"w{number}")
+
+    def join(self, name: str, boot_id: str = "1", **model: object) -> None:
+        self.scheduler.worker_joined(name, model_info(**{**MODEL, **model}), boot_id=boot_id, now_ns=self.now_ns)
+
+    def send(self, prompt: bytes = b"", *, model: str = "m", tenant: str = "t", **ticket: Any) -> str:
+        self.numbers += 1
+        it = Ticket(
+            request=self.numbers,
+            model=model,
+            tenant=tenant,
+            input_tokens=len(prompt) // 4 + 1,
+            output_tokens=100,
+            blocks=cut(prompt, model),
+            prompt_bytes=len(prompt),
+            deadline_ns=10**18,
+            **ticket,
+        )
+        self.scheduler.enqueue(it)
+        (placement,) = self.scheduler.place(self.now_ns).placed
+        self.cached_tokens = placement.cached_tokens
+        return placement.worker
+
+    def start(self, prompt_tokens: int = 0, cached_tokens: int = 0) -> None:
+        self.scheduler.started(self.numbers, self.now_ns, prompt_tokens, cached_tokens)
+
+    def end(self) -> None:
+        self.scheduler.release(self.numbers)
+
+    def run(self, prompt: bytes = b"", **ticket: Any) -> str:
+        """Send and see it end."""
+        worker = self.send(prompt, **ticket)
+        self.end()
+        return worker
+
+    def fail(self, worker: str, times: int = 5) -> None:
+        for _ in range(times):
+            self.scheduler.attempt_ended(worker, Verdict.FAILURE, self.now_ns)
+
+
+def test_next_turn_goes_where_the_last_one_ran_though_others_have_less_to_do() -> None:
+    fleet = Fleet(3)
+    fleet.send()
+    home = fleet.run(TEXT[:40_000])
+    others = tuple({"w0", "w1", "w2"} - {home})
+    assert [fleet.send(avoid=others) for _ in range(5)] == [home] * 5
+    assert fleet.send(TEXT[:44_000]) == home
+    assert 9_700 < fleet.cached_tokens <= 10_000
+
+
+def test_prompts_of_nobody_else_go_to_the_least_loaded() -> None:
+    fleet = Fleet(3)
+    workers = [fleet.send(TEXT[number * 4_000 : (number + 1) * 4_000]) for number in range(30)]
+    for number in range(3, 31, 3):
+        assert set(collections.Counter(workers[:number]).values()) == {number // 3}
+    assert fleet.cached_tokens == 0
+
+
+def test_what_every_prompt_begins_with_does_not_gather_all_on_one_worker() -> None:
+    fleet = Fleet(4)
+    system = TEXT[:8_000]
+    workers = collections.Counter(fleet.send(system + TEXT[at : at + 400]) for at in range(10_000, 74_000, 400))
+    assert min(workers.values()) > 0.75 * max(workers.values())
+
+
+def test_adapters_of_one_worker_do_not_share_a_cache() -> None:
+    fleet = Fleet(0)
+    fleet.join("w0", names=("m", "adapter"))
+    fleet.run(TEXT[:8_000])
+    fleet.run(TEXT[:8_000], model="adapter")
+    assert fleet.cached_tokens == 0
+    fleet.run(TEXT[:8_000], model="adapter")
+    assert fleet.cached_tokens > 1_900
+
+
+def test_turns_of_a_session_meet_on_one_worker_before_there_is_a_prefix_to_match() -> None:
+    fleet = Fleet(4)
+    homes = {session: fleet.run(b"hi", session=session) for session in map(str, range(40))}
+    assert set(homes.values()) == {"w0", "w1", "w2", "w3"}
+    assert all(fleet.run(b"hi", session=session) == home for session, home in homes.items())
+    other_tenant = [fleet.run(b"hi", session=session, tenant="u") for session in homes]
+    assert other_tenant != list(homes.values()), "a session's name is its tenant's own"
+
+
+def test_few_sessions_move_when_a_worker_joins() -> None:
+    fleet = Fleet(3)
+    before = [fleet.run(b"hi", session=str(number)) for number in range(60)]
+    fleet.join("w3")
+    after = [fleet.run(b"hi", session=str(number)) for number in range(60)]
+    moved = {b for a, b in zip(before, after, strict=True) if a != b}
+    assert moved == {"w3"}
+
+
+# ---------------------------------------------------------------- restarts
+
+
+def test_reconnected_worker_still_has_its_cache_and_a_restarted_one_has_not() -> None:
+    fleet = Fleet(1)
+    fleet.run(TEXT[:8_000])
+    fleet.scheduler.worker_left("w0")
+    fleet.join("w0")
+    fleet.run(TEXT[:8_000])
+    assert fleet.cached_tokens > 1_900
+    fleet.scheduler.worker_left("w0")
+    fleet.join("w0", boot_id="2")
+    fleet.run(TEXT[:8_000])
+    assert fleet.cached_tokens == 0
+
+
+def test_breaker_outlives_a_restart_but_not_the_workers_removal() -> None:
+    fleet = Fleet(2)
+    fleet.fail("w0")
+    fleet.scheduler.worker_left("w0")
+    fleet.join("w0", boot_id="2")
+    assert fleet.run() == "w1"
+    fleet.scheduler.worker_left("w0")
+    fleet.scheduler.worker_forgotten("w0")
+    fleet.join("w0", boot_id="2")
+    assert {fleet.send(), fleet.send()} == {"w0", "w1"}
+
+
+def test_workers_that_cache_nothing_are_routed_to_by_load() -> None:
+    fleet = Fleet(2)
+    for _ in range(120):
+        fleet.send(TEXT[:8_000])
+        fleet.start(prompt_tokens=2_000, cached_tokens=0)
+        fleet.end()
+    first = fleet.send(TEXT[:8_000])
+    assert fleet.cached_tokens < 100
+    assert fleet.send(TEXT[:8_000]) != first
+
+
+# ---------------------------------------------------------------- breakers
+
+
+@pytest.mark.parametrize(("workers", "most_ejected"), [(1, 0), (2, 1), (3, 1), (6, 2), (9, 3)])
+def test_a_third_of_the_workers_is_left_alone_and_never_the_last(workers: int, most_ejected: int) -> None:
+    fleet = Fleet(workers)
+    for number in range(workers):
+        fleet.fail(f"w{number}")
+    used = {fleet.send() for _ in range(10 * workers)}
+    assert len(used) == workers - most_ejected
+
+
+def test_ejected_worker_is_tried_again_and_taken_back() -> None:
+    fleet = Fleet(2)
+    fleet.fail("w0")
+    assert {fleet.run() for _ in range(5)} == {"w1"}
+    fleet.now_ns += 2 * SECOND_NS
+    assert fleet.send() == "w0", "one request tells"
+    assert fleet.send() == "w1"
+    fleet.scheduler.attempt_ended("w0", Verdict.SUCCESS, fleet.now_ns)
+    assert {fleet.send() for _ in range(4)} == {"w0", "w1"}
+
+
+# ---------------------------------------------------------------- warm-up
+
+
+def test_worker_that_joins_a_warm_fleet_gets_its_share_little_by_little() -> None:
+    fleet = Fleet(2)
+    fleet.now_ns = 2 * WARM_UP_NS
+    fleet.join("new")
+    shares = []
+    for start in range(0, 120_000, 30_000):
+        sent = [fleet.send(TEXT[at : at + 1_000]) for at in range(start, start + 30_000, 1_000)]
+        shares.append(sent.count("new"))
+        for request in range(fleet.numbers - 29, fleet.numbers + 1):
+            fleet.scheduler.release(request)
+        fleet.now_ns += WARM_UP_NS // 2
+    assert shares[0] <= 2
+    assert shares[0] < shares[1] < shares[2] == shares[3] == 10
+
+
+def test_workers_that_start_together_need_no_warm_up() -> None:
+    fleet = Fleet(1)
+    fleet.now_ns = 5 * SECOND_NS
+    fleet.join("second")
+    assert collections.Counter(fleet.send() for _ in range(10)) == {"w0": 5, "second": 5}
