@@ -45,8 +45,8 @@ def read_template_kwargs(prompt: ChatPrompt) -> dict[str, Any]:
         raise InvalidRequest(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
 
 
-def text_bytes(message: dict[str, Any]) -> int:
-    """UTF-8 bytes of a message's text."""
+def message_text(message: dict[str, Any]) -> str:
+    """All text of a message's content."""
     content = message.get("content")
     texts = [part.get("text") for part in content] if isinstance(content, list) else [content]
-    return sum(len(text.encode()) for text in texts if isinstance(text, str))
+    return "".join(text for text in texts if isinstance(text, str))

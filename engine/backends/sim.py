@@ -10,10 +10,20 @@ from functools import partial
 from engine.backend import Cancel, Sink
 from engine.failure import context_exceeded, failed, output_limit
 from engine.settings import EngineSettings
-from engine.sim.prompt import count_tokens
+from engine.sim.prompt import TOKEN_BYTES, hash_blocks, pack_ids, read_tokens
 from engine.sim.simulator import Limits, Sequence, Simulator, Step
 from engine.sim.text import Script, fake_logprob, write_script
-from protos.core.contract import FailureKind, Finished, Load, ModelInfo, Stamps, Started, Submit
+from protos.core.contract import (
+    FailureKind,
+    Finished,
+    Load,
+    ModelInfo,
+    Prompt,
+    Stamps,
+    Started,
+    Submit,
+    TokenPrompt,
+)
 from protos.core.errors import ConfigError, InvalidRequest
 
 _log = logging.getLogger("tidegate.engine")
@@ -80,10 +90,11 @@ class SimBackend:
 
     def submit(self, submit: Submit, received_ns: int, sink: Sink) -> Cancel:
         try:
-            prompt_tokens = count_tokens(submit.prompt)
+            tokens = read_tokens(submit.prompt)
         except InvalidRequest as error:
             sink.failed(failed(submit, received_ns, FailureKind.INVALID, error.message, error.param or ""))
             return _nothing
+        prompt_tokens = len(tokens) // TOKEN_BYTES
         limit = output_limit(self._context_tokens, prompt_tokens, submit.sampling.max_tokens)
         if limit is None:
             sink.failed(context_exceeded(submit, received_ns, self._context_tokens, prompt_tokens))
@@ -101,6 +112,9 @@ class SimBackend:
                     prompt_tokens=prompt_tokens + resumed_tokens,
                     output_tokens=script.output_tokens - resumed_tokens,
                     priority=submit.priority,
+                    block_hashes=hash_blocks(
+                        tokens + _answer_tokens(submit.prompt, script), self._parameters.kv_block_tokens
+                    ),
                     now_ns=time.monotonic_ns(),
                 )
             )
@@ -118,6 +132,8 @@ class SimBackend:
             preemptions=simulator.preemptions,
             step_ns=simulator.step_ns,
             queued_prefill_tokens=simulator.queued_prefill_tokens,
+            prefix_queries=simulator.prefix_queries,
+            prefix_hits=simulator.prefix_hits,
         )
 
     async def stop(self) -> None:
@@ -151,7 +167,8 @@ class SimBackend:
                 continue  # cancelled while the step ran
             index = choice.resumed_tokens + sequence.generated - 1
             if not request.output_tokens:
-                request.sink.started(Started(request.slot, request.prompt_tokens, 0, _stamps(request)))
+                started = Started(request.slot, request.prompt_tokens, _cached_tokens(request), _stamps(request))
+                request.sink.started(started)
             request.output_tokens += 1
             script = choice.script
             logprobs = None
@@ -197,12 +214,22 @@ class SimBackend:
         )
 
 
+def _answer_tokens(prompt: Prompt, script: Script) -> bytes:
+    """The answer's tokens as the next prompt has them: ids after ids, words after words."""
+    return pack_ids(script.token_ids) if isinstance(prompt, TokenPrompt) else script.words.encode()
+
+
+def _cached_tokens(request: _Request) -> int:
+    """Of the prompt, which all choices share: the first one's."""
+    return min(request.prompt_tokens, request.choices[0].cached_tokens)
+
+
 def _finished(request: _Request) -> Finished:
     return Finished(
         slot=request.slot,
         reasons=tuple(_reason(sequence) for sequence in request.choices),
         prompt_tokens=request.prompt_tokens,
-        cached_tokens=0,
+        cached_tokens=_cached_tokens(request),
         output_tokens=request.output_tokens,
         preemptions=sum(sequence.preemptions for sequence in request.choices),
         stamps=_stamps(request),

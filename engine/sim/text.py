@@ -1,6 +1,6 @@
 """Deterministic text: the same prompt and seed always give the same words, and any word of them in constant time.
 
-A token is a word of an invented language, about four characters with its space. Token i of a sequence is word
+A token is a word of an invented language, four characters with its space. Token i of a sequence is word
 (start + i * stride) mod 4096 of the vocabulary, start and stride hashed from prompt, seed and choice.
 """
 
@@ -17,17 +17,18 @@ from protos.core.contract import ChatPrompt, Prompt, Sampling, TextPrompt, Token
 VOCABULARY_SIZE = 4096
 _MASK = VOCABULARY_SIZE - 1
 SHORTEST_OUTPUT_TOKENS = 4
+SENTENCE_WORDS = 16
 
 
 def _make_vocabulary() -> tuple[str, ...]:
     consonants, vowels = "bcdfghjklmnprstvw", "aeiou"
-    short = [a + b for a, b in itertools.product(consonants, vowels)]
-    middle = [a + b + c for a, b, c in itertools.product(consonants, vowels, consonants)]
-    long = [a + b for a, b in itertools.product(short, short)]
-    shuffle = random.Random(4096)
-    words = [*short, *middle, *shuffle.sample(long, VOCABULARY_SIZE - len(short) - len(middle))]
-    shuffle.shuffle(words)
-    return tuple(f" {word}." if index % 16 == 0 else f" {word}" for index, word in enumerate(words))
+    shuffle = random.Random(VOCABULARY_SIZE)
+    ends = [a + b + mark for a, b, mark in itertools.product(consonants, vowels, ".,?!")]
+    shapes = [(a, b, c) for a, b, c in itertools.product((consonants, vowels), repeat=3) if a != b or b != c]
+    words = [a + b + c for shape in shapes for a, b, c in itertools.product(*shape)]
+    sentence_ends = shuffle.sample(ends, VOCABULARY_SIZE // SENTENCE_WORDS)
+    others = shuffle.sample(words, VOCABULARY_SIZE - len(sentence_ends))
+    return tuple(f" {word}" for word in itertools.chain(sentence_ends, others))
 
 
 VOCABULARY = _make_vocabulary()
@@ -54,6 +55,16 @@ class Script:
             return self.texts[index]
         word = VOCABULARY[(self.start + index * self.stride) & _MASK]
         return word if index else word[1:]
+
+    @property
+    def token_ids(self) -> tuple[int, ...]:
+        start, stride = self.start, self.stride
+        return tuple([(start + index * stride) & _MASK for index in range(self.output_tokens)])
+
+    @property
+    def words(self) -> str:
+        """All tokens as they are, with the first one's space and what a stop string cuts off."""
+        return "".join(VOCABULARY[token_id] for token_id in self.token_ids)
 
 
 def write_script(

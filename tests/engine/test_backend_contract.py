@@ -260,6 +260,29 @@ async def test_requests_that_run_together_share_frames(address: str) -> None:
         assert steps == list(range(1, len(steps) + 1))
 
 
+async def test_repeated_prompt_is_found_in_the_prefix_cache(address: str) -> None:
+    prompt = TokenPrompt(tuple(range(1000, 1400)))
+    async with connect(address) as peer:
+        (first,) = await peer.ask(submit(1, prompt, max_tokens=1))
+        (second,) = await peer.ask(submit(2, prompt, max_tokens=1))
+        before, after = loads(peer)[0], loads(peer)[-1]
+    assert first.finished is not None
+    assert first.finished.cached_tokens == 0
+    assert second.finished is not None
+    assert second.started is not None
+    assert 256 <= second.finished.cached_tokens == second.started.cached_tokens < 400
+    assert after.prefix_queries - before.prefix_queries == 800
+    assert after.prefix_hits - before.prefix_hits == second.finished.cached_tokens
+
+
+async def test_next_turn_finds_the_answer_before_it_in_the_prefix_cache(address: str) -> None:
+    prompt = tuple(range(2000, 2300))
+    first = await ask_one(address, TokenPrompt(prompt), max_tokens=100, ignore_eos=True)
+    turn = await ask_one(address, TokenPrompt((*prompt, *first.token_ids[0], *prompt[:50])), max_tokens=1)
+    assert turn.finished is not None
+    assert len(prompt) < turn.finished.cached_tokens < len(prompt) + 100
+
+
 async def test_load_counts_what_runs_and_what_waits(address: str) -> None:
     async with connect(address) as peer:
         answers = await peer.submit(*(submit(slot, max_tokens=200, ignore_eos=True) for slot in range(20)))

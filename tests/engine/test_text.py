@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from engine.sim.parameters import SimParameters
+from engine.sim.prompt import TOKEN_BYTES
 from engine.sim.text import VOCABULARY, VOCABULARY_SIZE, Script, fake_logprob, write_script
 from protos.core.contract import Sampling, TextPrompt
 
@@ -24,8 +25,8 @@ def test_vocabulary_has_no_word_twice() -> None:
     assert len(set(VOCABULARY)) == VOCABULARY_SIZE
 
 
-def test_tokens_are_about_four_characters() -> None:
-    assert 3.5 < sum(map(len, VOCABULARY)) / VOCABULARY_SIZE < 5.5
+def test_tokens_are_four_bytes_as_those_of_a_prompt_are() -> None:
+    assert {len(word.encode()) for word in VOCABULARY} == {TOKEN_BYTES}
 
 
 def test_prompt_seed_and_choice_each_decide_the_text() -> None:
