@@ -25,6 +25,8 @@ from protos.core.record import Attempt, Outcome, RequestRecord
 
 class Placed(msgspec.Struct, frozen=True):
     worker: str
+    cached_tokens: int = 0
+    """Of the prompt, expected in the worker's prefix cache."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -78,6 +80,7 @@ class Exchange:
         "ended_ns",
         "endpoint",
         "error",
+        "expected_cached_tokens",
         "finish",
         "identity",
         "is_deaf",
@@ -124,6 +127,8 @@ class Exchange:
         self.ended_ns = 0
         self.prompt_tokens: int | None = None
         self.cached_tokens: int | None = None
+        self.expected_cached_tokens: int | None = None
+        """When it was routed."""
         self.output_tokens = 0
         self.charged_tokens = 0
         """Output tokens that the tenant was charged for; beyond them, `on_overrun` is called."""
@@ -344,6 +349,7 @@ class Exchange:
             "first_token_at_ns": self._after_arrival(self._first_token_ns),
             "preemptions": self.finish.preemptions if self.finish else 0,
             "cached_tokens": self.cached_tokens or 0,
+            "expected_cached_tokens": self.expected_cached_tokens or 0,
         }
 
     def record(self) -> RequestRecord:
@@ -373,6 +379,7 @@ class Exchange:
             finish_reasons=self.finish.reasons if self.finish and not is_cancelled else (),
             prompt_tokens=self.prompt_tokens,
             cached_tokens=self.cached_tokens,
+            expected_cached_tokens=self.expected_cached_tokens,
             output_tokens=self.output_tokens,
             max_tokens=self.call.sampling.max_tokens if self.call else None,
             body_bytes=len(self.body),

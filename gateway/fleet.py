@@ -20,6 +20,7 @@ class Fleet:
         self, addresses: Sequence[str], *, gateway: str, version: str, clock: Clock, scheduler: Scheduler
     ) -> None:
         self._scheduler = scheduler
+        self._clock = clock
         self.on_room: Callable[[], None] = _nothing
         self.on_loss: Callable[[], None] = _nothing
         self.sessions = {
@@ -59,7 +60,9 @@ class Fleet:
     # -- Listener of the sessions
 
     def worker_ready(self, session: WorkerSession, welcome: Welcome) -> None:
-        self._scheduler.worker_joined(session.name, welcome.model)
+        self._scheduler.worker_joined(
+            session.name, welcome.model, boot_id=welcome.boot_id, now_ns=self._clock.mono_ns()
+        )
         self._changed.set()
         self.on_room()
 

@@ -112,6 +112,7 @@ class Metrics:
         self._total.labels(endpoint, model).observe(record.total_ns / 1e9)
         self._tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
         self._tokens.labels(model, "cached").inc(record.cached_tokens or 0)
+        self._tokens.labels(model, "expected_cached").inc(record.expected_cached_tokens or 0)
         self._tokens.labels(model, "output").inc(record.output_tokens)
         if len(record.attempts) > 1:
             self._retries.labels(model).inc(len(record.attempts) - 1)

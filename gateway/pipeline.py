@@ -22,6 +22,7 @@ from gateway.identity import authorization, identify
 from gateway.lengths import OutputLengths
 from gateway.order import Ticket
 from gateway.outlet import Headers, Outlet, Send
+from gateway.prefixes import Blocks, cut
 from gateway.quota import Grant, Quotas
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
@@ -31,7 +32,7 @@ from gateway.tenants import TenantTable
 from gateway.terms import Terms, agree, check_model
 from gateway.timeline import Timeline
 from protos.core.clock import Clock
-from protos.core.contract import Failed, FailureKind, Finished
+from protos.core.contract import ChatPrompt, Failed, FailureKind, Finished
 from protos.core.errors import (
     BodyTimeout,
     DeadlineExceeded,
@@ -270,6 +271,9 @@ class Pipeline:
                 is_sheddable=terms.is_sheddable,
                 expected_wait_ns=self._scheduler.expected_wait_ns(exchange.model, terms.band, exchange.tenant),
                 avoid=avoid,
+                blocks=_blocks(call, exchange.model),
+                prompt_bytes=len(call.prompt_bytes),
+                session=exchange.identity.session,
             )
         )
         self._place_waiting()
@@ -305,7 +309,7 @@ class Pipeline:
             exchange = self._active[placement.ticket.request]
             if not exchange.timeline.dequeued_ns:
                 exchange.timeline.dequeued_ns = now_ns
-            exchange.signal(Placed(placement.worker))
+            exchange.signal(Placed(placement.worker, placement.cached_tokens))
 
     def _fail_unplaceable(self) -> None:
         """A worker left: requests that only it could have run need not wait for their deadline."""
@@ -331,7 +335,8 @@ class Pipeline:
 
     def _note_start(self, exchange: Exchange) -> None:
         """The forecast learns from what has just come true."""
-        self._scheduler.started(exchange.number, self._clock.mono_ns())
+        prompt_tokens, cached_tokens = exchange.prompt_tokens or 0, exchange.cached_tokens or 0
+        self._scheduler.started(exchange.number, self._clock.mono_ns(), prompt_tokens, cached_tokens)
 
     def _charge_overrun(self, exchange: Exchange) -> None:
         """More tokens came than were predicted: the tenant pays for the next ones, a block at a time."""
@@ -353,6 +358,7 @@ class Pipeline:
         exchange.on_started = functools.partial(self._note_start, exchange)
         exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
         exchange.charged_tokens = self._scheduler.charged_tokens(exchange.number)
+        exchange.expected_cached_tokens = placed.cached_tokens
         slot = upstream.submit(
             exchange,
             request_id=exchange.identity.request_id,
@@ -514,6 +520,12 @@ async def _receive_parts(receive: Receive, limit: int) -> bytes | RequestError |
             return _too_large(limit)
         if not message.get("more_body", False):
             return bytes(parts)
+
+
+def _blocks(call: Call, model: str) -> Blocks:
+    """What the router compares with the workers' caches."""
+    template = call.prompt.template_kwargs_json if isinstance(call.prompt, ChatPrompt) else None
+    return cut(call.prompt_bytes, model, template)
 
 
 def _content_length(headers: Headers) -> int:

@@ -47,6 +47,8 @@ class Timing(msgspec.Struct):
     first_token_at_ns: int | None
     preemptions: int
     cached_tokens: int
+    expected_cached_tokens: int
+    """What the router counted on when it chose the worker."""
 
 
 class Alternative(msgspec.Struct):

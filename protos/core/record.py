@@ -97,6 +97,8 @@ class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=Tru
     finish_reasons: tuple[str, ...] = ()
     prompt_tokens: int | None = None
     cached_tokens: int | None = None
+    expected_cached_tokens: int | None = None
+    """What the router counted on when it chose the worker."""
     output_tokens: int = 0
     max_tokens: int | None = None
     body_bytes: int = 0

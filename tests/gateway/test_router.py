@@ -13,7 +13,7 @@ from gateway.order import Ticket
 from gateway.prefixes import cut
 from gateway.router import WARM_UP_NS
 from gateway.scheduler import Scheduler
-from tests.gateway.fakes import model_info
+from tests.gateway.fakes import chat_body, gateway, in_virtual_time, model_info, settle_down
 
 TEXT = random.Random(1).randbytes(400_000)
 SECOND_NS = 1_000_000_000
@@ -206,3 +206,23 @@ def test_workers_that_start_together_need_no_warm_up() -> None:
     fleet.now_ns = 5 * SECOND_NS
     fleet.join("second")
     assert collections.Counter(fleet.send() for _ in range(10)) == {"w0": 5, "second": 5}
+
+
+# ---------------------------------------------------------------- the whole pipeline
+
+
+@in_virtual_time
+async def test_client_is_told_what_was_expected_to_be_cached() -> None:
+    message = {"role": "user", "content": TEXT[:3_000].hex()}
+    async with gateway(workers=2) as it:
+        clients = []
+        for turns in (1, 2):
+            client = await it.post(chat_body(messages=[message] * turns), x_tidegate_timing="1")
+            worker = it.fleet.workers["worker-0"]
+            worker.token(turns)
+            worker.finish(turns)
+            await settle_down()
+            clients.append(client)
+        first, second = (client.json["tidegate"]["expected_cached_tokens"] for client in clients)
+        assert (first, 1_400 < second < 1_550) == (0, True)
+        assert [record.expected_cached_tokens for record in it.records] == [0, second]
