@@ -12,7 +12,7 @@ MAX_ROWS = 16_384
 
 
 class Outbox:
-    """Collects events; `wake` is called for each, and should be cheap and do nothing twice."""
+    """Collects events; `wake` is called for those that should leave soon, and should be cheap and do nothing twice."""
 
     def __init__(self, wake: Callable[[], None]) -> None:
         self._wake = wake
@@ -41,8 +41,8 @@ class Outbox:
         return bool(self._full)
 
     def accepted(self, accepted: Accepted) -> None:
+        """Leaves with the next frame: nobody waits for it, and a frame for each would double their number."""
         self._frame.accepted.append(accepted)
-        self._wake()
 
     def started(self, started: Started) -> None:
         self._frame.started.append(started)

@@ -6,13 +6,11 @@ routes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 
 from prometheus_client import (
     CollectorRegistry,
-    Counter,
     GCCollector,
-    Histogram,
     PlatformCollector,
     ProcessCollector,
     disable_created_metrics,
@@ -21,11 +19,12 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gateway.fleet import Fleet
+from gateway.instruments import Count, Distribution
 from gateway.scheduler import Scheduler
 from protos.core.clock import Clock
 from protos.core.contract import Load
 from protos.core.journal import JournalStats
-from protos.core.record import PHASES, RequestRecord
+from protos.core.record import RequestRecord
 
 SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 TOKEN_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5, 1.0)
@@ -64,66 +63,60 @@ class Metrics:
         PlatformCollector(registry=self.registry)
         GCCollector(registry=self.registry)
         of_request = ("endpoint", "model")
-        self._requests = Counter(
-            "tidegate_requests",
-            "Settled requests",
-            (*of_request, "outcome", "status", "reason"),
-            registry=self.registry,
+        self._requests = self._count(
+            "tidegate_requests", "Settled requests", *of_request, "outcome", "status", "reason"
         )
-        self._tokens = Counter(
-            "tidegate_tokens", "Tokens of settled requests", ("model", "kind"), registry=self.registry
+        self._tokens = self._count("tidegate_tokens", "Tokens of settled requests", "model", "kind")
+        self._tenant_requests = self._count(
+            "tidegate_tenant_requests", "Settled requests", "tenant", "priority", "outcome"
         )
-        self._tenant_requests = Counter(
-            "tidegate_tenant_requests", "Settled requests", ("tenant", "priority", "outcome"), registry=self.registry
-        )
-        self._tenant_tokens = Counter("tidegate_tenant_tokens", "Tokens", ("tenant", "kind"), registry=self.registry)
+        self._tenant_tokens = self._count("tidegate_tenant_tokens", "Tokens", "tenant", "kind")
         self._tenant_names = TenantNames()
-        self._retries = Counter("tidegate_retries", "Attempts after the first", ("model",), registry=self.registry)
-        self._ttft = self._histogram("tidegate_ttft_seconds", "Arrival to first content", of_request, SECONDS)
-        self._tpot = self._histogram(
+        self._retries = self._count("tidegate_retries", "Attempts after the first", "model")
+        self._ttft = self._distribution("tidegate_ttft_seconds", "Arrival to first content", of_request, SECONDS)
+        self._tpot = self._distribution(
             "tidegate_tpot_seconds", "Time per output token after the first", of_request, TOKEN_SECONDS
         )
-        self._total = self._histogram("tidegate_request_seconds", "Arrival to settle", of_request, SECONDS)
-        self._phase = self._histogram("tidegate_phase_seconds", "Time in one phase", ("phase",), SECONDS)
-        self._unattributed = Counter(
-            "tidegate_unattributed_seconds", "Request time that no phase explains", registry=self.registry
-        )
-        self._backpressure = Counter(
-            "tidegate_backpressure_seconds", "Time in which clients' sockets took nothing", registry=self.registry
-        )
-        self._phase_of = {name: self._phase.labels(name) for name in PHASES}
+        self._total = self._distribution("tidegate_request_seconds", "Arrival to settle", of_request, SECONDS)
+        self._phase = self._distribution("tidegate_phase_seconds", "Time in one phase", ("phase",), SECONDS)
+        self._unattributed = self._count("tidegate_unattributed_seconds", "Request time that no phase explains")
+        self._backpressure = self._count("tidegate_backpressure_seconds", "Time in which clients' sockets took nothing")
 
     def observe(self, record: RequestRecord) -> None:
         """Count one settled request."""
-        model, endpoint = record.model, record.endpoint
-        self._requests.labels(endpoint, model, record.outcome.value, record.status, record.reject_reason or "").inc()
+        model, endpoint, outcome = record.model, record.endpoint, record.outcome.value
+        self._requests.add((endpoint, model, outcome, str(record.status), record.reject_reason or ""))
         tenant = self._tenant_names.label(record.tenant)
-        self._tenant_requests.labels(tenant, record.priority, record.outcome.value).inc()
-        self._tenant_tokens.labels(tenant, "prompt").inc(record.prompt_tokens or 0)
-        self._tenant_tokens.labels(tenant, "output").inc(record.output_tokens)
+        self._tenant_requests.add((tenant, record.priority, outcome))
+        self._tenant_tokens.add((tenant, "prompt"), record.prompt_tokens or 0)
+        self._tenant_tokens.add((tenant, "output"), record.output_tokens)
         for name, value_ns in record.phases.present():
-            self._phase_of[name].observe(value_ns / 1e9)
+            self._phase.observe((name,), value_ns / 1e9)
         if record.unattributed_ns:
-            self._unattributed.inc(record.unattributed_ns / 1e9)
+            self._unattributed.add((), record.unattributed_ns / 1e9)
         if record.backpressure_ns:
-            self._backpressure.inc(record.backpressure_ns / 1e9)
+            self._backpressure.add((), record.backpressure_ns / 1e9)
         if not model:
             return  # refused before it was known what it wanted
-        self._total.labels(endpoint, model).observe(record.total_ns / 1e9)
-        self._tokens.labels(model, "prompt").inc(record.prompt_tokens or 0)
-        self._tokens.labels(model, "cached").inc(record.cached_tokens or 0)
-        self._tokens.labels(model, "expected_cached").inc(record.expected_cached_tokens or 0)
-        self._tokens.labels(model, "output").inc(record.output_tokens)
+        of_request = (endpoint, model)
+        self._total.observe(of_request, record.total_ns / 1e9)
+        self._tokens.add((model, "prompt"), record.prompt_tokens or 0)
+        self._tokens.add((model, "cached"), record.cached_tokens or 0)
+        self._tokens.add((model, "expected_cached"), record.expected_cached_tokens or 0)
+        self._tokens.add((model, "output"), record.output_tokens)
         if len(record.attempts) > 1:
-            self._retries.labels(model).inc(len(record.attempts) - 1)
+            self._retries.add((model,), len(record.attempts) - 1)
         first_ns, last_ns = record.first_token_at_ns, record.last_token_at_ns
         if first_ns is not None:
-            self._ttft.labels(endpoint, model).observe(first_ns / 1e9)
+            self._ttft.observe(of_request, first_ns / 1e9)
             if last_ns is not None and record.output_tokens > 1:
-                self._tpot.labels(endpoint, model).observe((last_ns - first_ns) / 1e9 / (record.output_tokens - 1))
+                self._tpot.observe(of_request, (last_ns - first_ns) / 1e9 / (record.output_tokens - 1))
 
-    def _histogram(self, name: str, text: str, labels: Iterable[str], buckets: tuple[float, ...]) -> Histogram:
-        return Histogram(name, text, tuple(labels), buckets=buckets, registry=self.registry)
+    def _count(self, name: str, text: str, *labels: str) -> Count:
+        return Count(name, text, labels, self.registry)
+
+    def _distribution(self, name: str, text: str, labels: tuple[str, ...], bounds: tuple[float, ...]) -> Distribution:
+        return Distribution(name, text, labels, bounds, self.registry)
 
 
 class TenantNames:

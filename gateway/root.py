@@ -37,6 +37,8 @@ log = logging.getLogger("tidegate.gateway")
 
 SWITCH_SECONDS = 0.0005
 """How long a writer thread may hold the interpreter while streams wait; Python's own 5 ms is a token's time."""
+GARBAGE_THRESHOLD = 50_000
+"""New containers until a collection: most of them are requests in flight, and few of those ever are cycles."""
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
@@ -109,6 +111,7 @@ async def _serve(
         # What exists now stays: without it each full collection walks all modules, and every stream waits for that.
         gc.collect()
         gc.freeze()
+        gc.set_threshold(GARBAGE_THRESHOLD)
         log.info("%s: serving on %s, operators on %s", settings.name, _address(public), _address(operator))
         await stop.wait()
         log.info("%s: draining %d requests", settings.name, pipeline.active)
