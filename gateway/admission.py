@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 
 from gateway.calls import Call
+from gateway.forecast import Forecast
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
 from gateway.tenants import Band
@@ -61,14 +62,16 @@ def check_queue(
     )
 
 
-def check_forecast(call: Call, model: str, tenant: str, terms: Terms, scheduler: Scheduler) -> RequestError | None:
-    """Would the request be too late for its own deadline? Only sheddable requests behind a queue are asked."""
-    if not terms.is_sheddable:
-        return None
-    safe_ns = scheduler.safe_ttft_ns(model, terms.band, tenant, call.prompt_tokens_estimate)
-    if safe_ns is None or safe_ns <= terms.first_token_ns:
+def check_forecast(forecast: Forecast | None, model: str, terms: Terms, scheduler: Scheduler) -> RequestError | None:
+    """Would the request be too late for its own deadline? Only sheddable requests that would wait are asked."""
+    if not terms.is_sheddable or not is_hopeless(forecast, terms.first_token_ns):
         return None
     return too_late(terms, model, scheduler)
+
+
+def is_hopeless(forecast: Forecast | None, first_token_ns: int) -> bool:
+    """Most requests like this would miss their deadline. Not where nobody waits: that is for the placement to see."""
+    return forecast is not None and forecast.is_queued and forecast.safe_ns > first_token_ns
 
 
 def too_late(terms: Terms, model: str, scheduler: Scheduler) -> RequestError:

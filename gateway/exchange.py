@@ -15,6 +15,7 @@ import msgspec
 
 from gateway.answers import Answer, Choice, Usage
 from gateway.calls import Call
+from gateway.forecast import Forecast
 from gateway.identity import Identity
 from gateway.outlet import Headers, Outlet
 from gateway.timeline import Timeline
@@ -82,6 +83,7 @@ class Exchange:
         "error",
         "expected_cached_tokens",
         "finish",
+        "forecast",
         "identity",
         "is_deaf",
         "model",
@@ -122,6 +124,8 @@ class Exchange:
         self.attempts: list[Attempt] = []
         self.error: RequestError | None = None
         self.finish: Finished | None = None
+        self.forecast: Forecast | None = None
+        """Of its first token, when it was admitted."""
         self.outcome = Outcome.CANCELLED
         self.status = 499
         self.ended_ns = 0

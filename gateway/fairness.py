@@ -46,15 +46,23 @@ class ServiceCounters:
         known = self._tenants.get(tenant)
         return known.counter if known is not None else 0.0
 
+    def level(self, tenant: str) -> float:
+        """Where the counter would be if one more request of the tenant came: a tenant that is back is lifted."""
+        known = self._tenants.get(tenant)
+        counter = known.counter if known is not None else 0.0
+        if known is not None and known.waiting:
+            return counter
+        least = self._waiting.least()
+        return max(counter, self._last_counter if least is None else self.counter(least))
+
     def arrive(self, tenant: str, weight: float) -> None:
         """One more request of the tenant waits."""
         known = self._tenants.setdefault(tenant, _Tenant())
         known.weight = weight
+        if not known.waiting:
+            known.counter = self.level(tenant)
         known.waiting += 1
-        if known.waiting == 1:
-            least = self._waiting.least()
-            known.counter = max(known.counter, self._last_counter if least is None else self.counter(least))
-            self._waiting.add(tenant)
+        self._waiting.add(tenant)
 
     def leave(self, tenant: str) -> None:
         """One request of the tenant waits no more, whatever became of it."""
@@ -65,10 +73,14 @@ class ServiceCounters:
             self._last_counter = known.counter
             self._waiting.discard(tenant)
 
+    def price(self, input_tokens: int, output_tokens: int) -> float:
+        """Weighted tokens."""
+        return self._input_weight * input_tokens + self._output_weight * output_tokens
+
     def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """Add served tokens; negative numbers give back what was predicted and not used."""
         known = self._tenants[tenant]
-        served = self._input_weight * input_tokens + self._output_weight * output_tokens
+        served = self.price(input_tokens, output_tokens)
         known.counter += served / known.weight
         if served < 0:
             for ring in self._rings:

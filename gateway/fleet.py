@@ -69,6 +69,11 @@ class Fleet:
     def worker_reported(self, session: WorkerSession, load: Load, is_draining: bool) -> None:
         self._scheduler.worker_reported(session.name, load, is_draining)
 
+    def worker_stepped(self, session: WorkerSession, now_ns: int) -> None:
+        self._scheduler.stepped(session.name, now_ns)
+        if self._scheduler.queued:
+            self.on_room()
+
     def worker_lost(self, session: WorkerSession, reason: str) -> None:
         self._scheduler.worker_left(session.name)
         self.on_loss()

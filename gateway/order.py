@@ -5,13 +5,13 @@ A request that has waited long is lifted one band per `AGE_NS`, but never into t
 
 from __future__ import annotations
 
-import collections
 import heapq
 from collections.abc import Iterator
 
 import msgspec
 
 from gateway.fairness import LeastServed, ServiceCounters
+from gateway.forecast import Forecast
 from gateway.prefixes import Blocks
 
 AGE_NS = 30_000_000_000
@@ -37,15 +37,27 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """The first token is worthless later: the request leaves the queue by then."""
     is_sheddable: bool = False
     """May be refused because a forecast says that the deadline cannot be met."""
-    expected_wait_ns: int | None = None
+    forecast: Forecast | None = None
     """What was forecast when it arrived; the forecast learns from it."""
     avoid: tuple[str, ...] = ()
     """The workers of failed attempts."""
+    is_paid: bool = False
+    """Its tenant was charged for the prompt when an attempt before began."""
     blocks: Blocks = ()
     """Of the prompt: what workers may have cached of it."""
     prompt_bytes: int = 0
     """Length of what the blocks were cut from."""
     session: str | None = None
+
+
+class Work(msgspec.Struct):
+    """Waiting requests, added up."""
+
+    requests: float = 0
+    tokens: float = 0
+    """Of their prompts."""
+    charge: float = 0
+    """What placing them adds to the tenant's counter."""
 
 
 class _Waiting(msgspec.Struct):
@@ -61,8 +73,8 @@ class FairQueue:
         self._bands: dict[int, _Band] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._ages: list[tuple[int, int]] = []
-        self.counts: collections.Counter[tuple[int, str]] = collections.Counter()
-        """Waiting requests by (band, tenant); no zeros."""
+        self._work: dict[int, dict[str, Work]] = {}
+        """What waits, by band and tenant; nothing empty."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -108,6 +120,25 @@ class FairQueue:
             if waiting.band > 1:
                 heapq.heappush(self._ages, (at_ns + AGE_NS, request))
 
+    def ahead(self, band: int, tenant: str) -> Work:
+        """About what would be placed before a new request: higher bands, and of its own what fairness lets pass.
+
+        A tenant's requests pass until its counter has come to where this tenant's will be when its own are placed.
+        """
+        total = Work()
+        for its_band, tenants in self._work.items():
+            if its_band < band:
+                for work in tenants.values():
+                    _add(total, work, 1.0)
+        tenants = self._work.get(band, {})
+        mine = tenants.get(tenant, Work())
+        counters = self._counters
+        turn = counters.level(tenant) + mine.charge
+        for name, work in tenants.items():
+            passing = 1.0 if name == tenant else (turn - counters.counter(name)) / max(work.charge, 1e-9)
+            _add(total, work, min(1.0, max(0.0, passing)))
+        return total
+
     def depths(self) -> dict[tuple[int, str], tuple[int, int]]:
         """(band, tenant) to (requests, arrival of the oldest)."""
         depths: dict[tuple[int, str], tuple[int, int]] = {}
@@ -119,18 +150,32 @@ class FairQueue:
 
     def _join(self, band: int, ticket: Ticket) -> None:
         self._band(band).push(ticket)
-        self.counts[band, ticket.tenant] += 1
+        work = self._work.setdefault(band, {}).setdefault(ticket.tenant, Work())
+        work.requests += 1
+        work.tokens += ticket.input_tokens
+        work.charge += self._charge(ticket)
 
     def _part(self, band: int, ticket: Ticket) -> None:
         self._band(band).remove(ticket)
-        self.counts[band, ticket.tenant] -= 1
-        if not self.counts[band, ticket.tenant]:
-            del self.counts[band, ticket.tenant]
+        work = self._work[band][ticket.tenant]
+        work.requests -= 1
+        work.tokens -= ticket.input_tokens
+        work.charge -= self._charge(ticket)
+        if not work.requests:
+            del self._work[band][ticket.tenant]
+
+    def _charge(self, ticket: Ticket) -> float:
+        return self._counters.price(ticket.input_tokens, ticket.output_tokens) / ticket.weight
 
     def _band(self, band: int) -> _Band:
         if band not in self._bands:
             self._bands[band] = _Band(self._counters.ring())
         return self._bands[band]
+
+
+def _add(total: Work, work: Work, share: float) -> None:
+    total.requests += share * work.requests
+    total.tokens += share * work.tokens
 
 
 class _Band:

@@ -217,13 +217,16 @@ class Pipeline:
         if isinstance(terms, RequestError):
             return terms
         exchange.priority = terms.band_name
+        exchange.forecast = self._scheduler.forecast(
+            model, terms.band, exchange.tenant, call.prompt_tokens_estimate, self._clock.mono_ns()
+        )
         refusal = (
             check_model(model, tenant)
             or admission.check_lengths(call, model, self._scheduler, self._limits)
             or admission.check_queue(
                 len(exchange.body), model, self._scheduler, self._limits, terms.band, self.tenants.bands[terms.band]
             )
-            or admission.check_forecast(call, model, exchange.tenant, terms, self._scheduler)
+            or admission.check_forecast(exchange.forecast, model, terms, self._scheduler)
         )
         if refusal is not None:
             return refusal
@@ -269,7 +272,7 @@ class Pipeline:
                 arrived_ns=arrived_ns,
                 deadline_ns=arrived_ns + terms.first_token_ns,
                 is_sheddable=terms.is_sheddable,
-                expected_wait_ns=self._scheduler.expected_wait_ns(exchange.model, terms.band, exchange.tenant),
+                forecast=None if avoid else exchange.forecast,
                 avoid=avoid,
                 blocks=_blocks(call, exchange.model),
                 prompt_bytes=len(call.prompt_bytes),

@@ -17,6 +17,7 @@ from gateway.breaker import Breaker
 from gateway.forecast import EngineForecast
 from gateway.ledger import Ledger
 from gateway.order import Ticket
+from gateway.pace import Pace
 from gateway.prefixes import PrefixIndex
 from protos.core.contract import Load, ModelInfo
 
@@ -44,8 +45,16 @@ class Worker(msgspec.Struct, kw_only=True):
     forecast: EngineForecast = msgspec.field(default_factory=EngineForecast)
     breaker: Breaker = msgspec.field(default_factory=Breaker)
     prefixes: PrefixIndex = msgspec.field(default_factory=lambda: PrefixIndex(0))
-    unstarted_tokens: int = 0
-    """Prompt tokens of requests that it was given and whose first token has not come."""
+    pace: Pace = msgspec.field(default_factory=Pace)
+
+    @property
+    def unstarted_tokens(self) -> int:
+        """Prompt tokens of requests that it was given and whose first token has not come."""
+        return self.forecast.unstarted_tokens
+
+    def may_start(self, band: int, tokens: int) -> bool:
+        """Do its answers keep their pace, so that a prompt may hold them up? The top band always may."""
+        return band == 0 or self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""

@@ -15,9 +15,10 @@ import msgspec
 from gateway import router
 from gateway.breaker import Breaker, Verdict
 from gateway.fairness import ServiceCounters
-from gateway.forecast import QueueForecast
+from gateway.forecast import EngineForecast, Forecast, QueueForecast
 from gateway.ledger import Lease, Ledger
-from gateway.order import FairQueue, Ticket
+from gateway.order import FairQueue, Ticket, Work
+from gateway.pace import Pace
 from gateway.prefixes import PrefixIndex
 from gateway.router import Route, Worker
 from protos.core.contract import Load, ModelInfo
@@ -46,15 +47,12 @@ class Running(msgspec.Struct):
     ticket: Ticket
     worker: Worker
     placed_ns: int
-    own_tokens: int
-    """Of its prompt, those that the worker is expected to compute."""
-    prefill_tokens: int
-    """Its own and those of prompts that the worker had not started before it."""
+    raw_ns: int | None
+    """Forecast of the time from here to its first token."""
     charged_tokens: int
     """Output tokens charged so far: what was predicted, then what came."""
     matched_share: float = 0.0
     """How much of its prompt the index said that the worker has cached."""
-    is_started: bool = False
 
     def learn_cached(self, actual_share: float) -> None:
         """Compare what the worker had of the prompt with what its index said."""
@@ -84,7 +82,9 @@ class Depth(msgspec.Struct, frozen=True):
 class Scheduler:
     """One per gateway; all calls come from its event loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_target_ns: int | None = None) -> None:
+        """`token_target_ns` is the time per token that running answers keep; see `gateway.pace`."""
+        self._token_target_ns = token_target_ns
         self.ledger = Ledger()
         self.counters = ServiceCounters()
         self._workers: dict[str, Worker] = {}
@@ -113,52 +113,39 @@ class Scheduler:
         """Waiting requests that arrived in a band."""
         return self._band_requests[band]
 
-    def ahead(self, model: str, band: int, tenant: str) -> int:
-        """About how many waiting requests would be placed before a new one.
-
-        Those of higher bands, and of its own band as many as fairness lets pass: each waiting tenant gets as many turns
-        as this tenant needs for what it already has waiting. Exact where requests are of equal size.
-        """
+    def forecast(self, model: str, band: int, tenant: str, input_tokens: int, now_ns: int) -> Forecast | None:
+        """When a new request would see its first token; None while there is nothing to tell it from."""
+        history = self._history(model)
+        engine_ns = self._engine_ns(model, input_tokens, now_ns)
         queue = self._queues.get(model)
-        if queue is None:
-            return 0
-        above = mine = others = tenants = 0
-        for (its_band, its_tenant), requests in queue.counts.items():
-            if its_band < band:
-                above += requests
-            elif its_band == band and its_tenant == tenant:
-                mine = requests
-            elif its_band == band:
-                others += requests
-                tenants += 1
-        return above + mine + min(others, (mine + 1) * tenants)
+        if not queue and self._is_open(model, band, input_tokens):
+            return None if engine_ns is None else history.correct(engine_ns, is_queued=False)
+        work = queue.ahead(band, tenant) if queue is not None else Work()
+        wait_ns = history.wait_ns(work.requests, work.tokens, now_ns)
+        return None if wait_ns is None else history.correct(wait_ns + (engine_ns or 0), is_queued=True)
 
-    def expected_wait_ns(self, model: str, band: int, tenant: str) -> int | None:
-        """How long a new request would wait; None while nobody waits, or the queue has no rate yet."""
-        forecast = self._forecasts.get(model)
-        if forecast is None or not self.waiting(model):
-            return None
-        return forecast.predict_ns(self.ahead(model, band, tenant))
+    def _engine_ns(self, model: str, tokens: int, now_ns: int) -> int | None:
+        """Time to first token on the worker that would be soonest."""
+        forecasts = [worker.forecast for worker in self._workers.values() if model in worker.model.names]
+        known_ns = [ns for forecast in forecasts if (ns := forecast.raw_ns(tokens, now_ns)) is not None]
+        return min(known_ns, default=None)
 
-    def safe_ttft_ns(self, model: str, band: int, tenant: str, input_tokens: int) -> int | None:
-        """A time to first token that most requests like this stay under; None where `expected_wait_ns` is."""
-        forecast = self._forecasts.get(model)
-        if forecast is None or not self.waiting(model):
-            return None
-        wait_ns = forecast.safe_ns(self.ahead(model, band, tenant))
-        if wait_ns is None:
-            return None
-        engine_ns = [
-            worker.forecast.safe_ns(worker.unstarted_tokens + input_tokens) or 0
+    def _history(self, model: str) -> QueueForecast:
+        history = self._forecasts.get(model)
+        if history is None:
+            history = self._forecasts[model] = QueueForecast()
+        return history
+
+    def _is_open(self, model: str, band: int, tokens: int) -> bool:
+        """Would a request of the band be placed now if nobody waited?"""
+        return any(
+            model in worker.model.names and worker.room(self.ledger) > 0 and worker.may_start(band, tokens)
             for worker in self._workers.values()
-            if model in worker.model.names
-        ]
-        return wait_ns + min(engine_ns, default=0)
+        )
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
-        forecast = self._forecasts.get(model)
-        return forecast.interval_ns() if forecast is not None else None
+        return self._history(model).interval_ns()
 
     def waiting(self, model: str) -> int:
         """Requests that wait for one model."""
@@ -202,6 +189,7 @@ class Scheduler:
             ticket = self._queued.get(request)
             if ticket is not None and ticket.deadline_ns == deadline_ns:
                 self.leave(request)
+                self._learn(ticket, now_ns)
                 expired.append(request)
         return expired
 
@@ -225,13 +213,18 @@ class Scheduler:
             ticket = queue.head()
             if ticket is None:
                 continue
-            serving = (worker for worker in self._workers.values() if model in worker.model.names)
+            serving = (
+                worker
+                for worker in self._workers.values()
+                if model in worker.model.names and worker.may_start(ticket.band, ticket.input_tokens)
+            )
             route = router.choose(serving, self.ledger, ticket, now_ns)
             if route is None:
                 continue
             turns.append(model)
             if self._is_too_late(ticket, route, now_ns):
                 self.leave(ticket.request)
+                self._learn(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
             self._bind(ticket, route, now_ns)
@@ -244,7 +237,7 @@ class Scheduler:
         worker = route.worker
         if not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
             return False
-        engine_ns = worker.forecast.safe_ns(worker.unstarted_tokens + ticket.input_tokens - route.cached_tokens)
+        engine_ns = worker.forecast.safe_ns(ticket.input_tokens - route.cached_tokens, now_ns)
         return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
 
     def _bind(self, ticket: Ticket, route: Route, now_ns: int) -> None:
@@ -252,20 +245,20 @@ class Scheduler:
         worker.breaker.began(now_ns)
         worker.prefixes.use(ticket.blocks)
         self.leave(ticket.request)
-        forecast = self._forecasts.setdefault(ticket.model, QueueForecast())
-        forecast.placed(now_ns, others_wait=self.waiting(ticket.model) > 0)
-        if ticket.expected_wait_ns is not None:
-            forecast.learn(ticket.expected_wait_ns, now_ns - ticket.arrived_ns)
         own_tokens = ticket.input_tokens - route.cached_tokens
-        worker.unstarted_tokens += own_tokens
+        others_wait = self.waiting(ticket.model) > 0
+        self._history(ticket.model).placed(own_tokens, now_ns, others_wait=others_wait)
+        raw_ns = worker.forecast.raw_ns(own_tokens, now_ns)
+        worker.forecast.placed(ticket.request, own_tokens, now_ns)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
         )
         self._running[ticket.request] = Running(
-            ticket, worker, now_ns, own_tokens, worker.unstarted_tokens, ticket.output_tokens, route.matched_share
+            ticket, worker, now_ns, raw_ns, ticket.output_tokens, route.matched_share
         )
-        self.counters.charge(ticket.tenant, input_tokens=ticket.input_tokens, output_tokens=ticket.output_tokens)
+        input_tokens = 0 if ticket.is_paid else ticket.input_tokens
+        self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
 
     def charged_tokens(self, request: int) -> int:
         """Output tokens that the placed request's tenant has been charged for."""
@@ -282,19 +275,20 @@ class Scheduler:
         running = self._running[request]
         if prompt_tokens:
             running.learn_cached(cached_tokens / prompt_tokens)
-        running.worker.forecast.learn(running.prefill_tokens, now_ns - running.placed_ns)
-        self._end_prefill(running)
+        running.worker.forecast.started(request)
+        if running.raw_ns is not None:
+            running.worker.forecast.learn(running.raw_ns, now_ns - running.placed_ns)
+        self._learn(running.ticket, now_ns)
 
-    def _end_prefill(self, running: Running) -> None:
-        if not running.is_started:
-            running.is_started = True
-            running.worker.unstarted_tokens -= running.own_tokens
+    def _learn(self, ticket: Ticket, now_ns: int) -> None:
+        if ticket.forecast is not None:
+            self._history(ticket.model).learn(ticket.forecast, now_ns - ticket.arrived_ns)
 
     def release(self, request: int, output_tokens: int = 0) -> None:
         """The request no longer runs on its worker; its tenant pays for the tokens that it made."""
         self.ledger.release(request)
         running = self._running.pop(request)
-        self._end_prefill(running)
+        running.worker.forecast.dropped(request)
         self.counters.charge(running.ticket.tenant, output_tokens=output_tokens - running.charged_tokens)
 
     def withdraw(self, request: int) -> None:
@@ -318,14 +312,17 @@ class Scheduler:
             is_new=any(now_ns - worker.joined_ns > router.WARM_UP_NS for worker in self._workers.values()),
             prefixes=memory.prefixes,
             breaker=memory.breaker,
+            forecast=EngineForecast(model.max_batch_tokens),
+            pace=Pace(self._token_target_ns),
         )
         self._models.update(model.names)
 
-    def worker_left(self, name: str) -> None:
+    def worker_left(self, name: str) -> Worker:
         """Its leases stay until each of its requests is released."""
         worker = self._workers.pop(name)
         if not worker.is_leaving:
             self._models.subtract(worker.model.names)
+        return worker
 
     def worker_forgotten(self, name: str) -> None:
         """The worker is no longer one of the gateway's."""
@@ -349,6 +346,16 @@ class Scheduler:
         memory = self._memories.get(name)
         if memory is not None:
             memory.breaker.record(now_ns, verdict)
+
+    def stepped(self, name: str, now_ns: int) -> None:
+        """A step of the worker has ended: its tokens, its first tokens and its load are known."""
+        worker = self._workers[name]
+        is_idle = not worker.load.running + worker.load.waiting
+        step = worker.forecast.stepped(now_ns, is_idle=is_idle)
+        if is_idle:
+            worker.pace.rest()
+        elif step is not None:
+            worker.pace.stepped(step.duration_ns, has_prefill=step.has_prefill)
 
     @property
     def workers(self) -> list[Worker]:

@@ -46,6 +46,9 @@ class Listener(Protocol):
 
     def worker_reported(self, session: WorkerSession, load: Load, is_draining: bool) -> None: ...
 
+    def worker_stepped(self, session: WorkerSession, now_ns: int) -> None:
+        """A step of the engine has ended; its tokens and its load are passed on already."""
+
     def worker_lost(self, session: WorkerSession, reason: str) -> None:
         """Called before the sinks of its slots hear `lost`."""
 
@@ -221,6 +224,8 @@ class WorkerSession:
         if frame.load is not None:
             self.load = frame.load
             self._listener.worker_reported(self, frame.load, frame.draining)
+        if frame.deltas is not None:
+            self._listener.worker_stepped(self, now_ns)
 
     def _take_deltas(self, deltas: Deltas, now_ns: int) -> None:
         sinks = self._sinks

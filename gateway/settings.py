@@ -23,6 +23,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     queue_bytes: Positive = 256 * 1024 * 1024
     first_token_s: Seconds = 30.0
     total_s: Seconds = 300.0
+    token_s: Seconds | None = None
+    """Time per output token that running answers keep: while they are behind it, workers get no new prompts but those
+    of the top band. None starts a prompt wherever there is a slot."""
     attempts: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
     """Most workers that one request is tried on; only before its first token."""
     drain_s: Seconds = 300.0

@@ -6,56 +6,153 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.forecast import WARM, EngineForecast, LinearFit, QueueForecast, RollingShare
+from gateway.forecast import LEAST_NS, WARM, WINDOW, EngineForecast, LinearFit, QueueForecast, RollingRatios
 
 MS = 1_000_000
+STEP_MS = 20
+TOKEN_MS = 0.2
 
 
-def test_a_forecast_knows_nothing_until_it_has_samples() -> None:
-    engine, queue = EngineForecast(), QueueForecast()
-    for number in range(WARM - 1):
-        engine.learn(100, 50 * MS)
-        queue.placed(number * MS, others_wait=True)
-    assert engine.predict_ns(100) is None
-    assert engine.safe_ns(100) is None
-    assert queue.predict_ns(0) is None
+class Steps:
+    """An engine that computes all its prompts in one step and never rests."""
+
+    def __init__(self, forecast: EngineForecast) -> None:
+        self.forecast = forecast
+        self.now_ns = 0
+        self._placed: list[tuple[int, int]] = []
+        self._running: list[tuple[int, int]] = []
+        self._requests = 0
+
+    def give(self, tokens: int) -> None:
+        self._requests += 1
+        self._placed.append((self._requests, tokens))
+        self.forecast.placed(self._requests, tokens, self.now_ns)
+
+    def step(self) -> None:
+        duration_ns = int((STEP_MS + TOKEN_MS * sum(tokens for _, tokens in self._running)) * MS)
+        self.now_ns += duration_ns
+        for request, _ in self._running:
+            self.forecast.started(request)
+        self.forecast.stepped(self.now_ns, is_idle=False)
+        self._running, self._placed = self._placed, []
 
 
-def test_the_engines_time_follows_the_prefill() -> None:
+def warm(tokens: int = 1_000) -> Steps:
+    steps = Steps(EngineForecast())
     draw = random.Random(1)
-    engine = EngineForecast()
-    for _ in range(300):
-        tokens = draw.randint(10, 4_000)
-        engine.learn(tokens, int((20 + 0.17 * tokens) * MS * draw.uniform(0.9, 1.1)))
-    for tokens in (100, 1_000, 3_000):
-        assert engine.predict_ns(tokens) == pytest.approx((20 + 0.17 * tokens) * MS, rel=0.1)
-        assert engine.predict_ns(tokens) < engine.safe_ns(tokens) < 1.25 * engine.predict_ns(tokens)  # type: ignore[operator]
+    steps.give(tokens)
+    for _ in range(10 * WARM):
+        steps.step()
+        if draw.random() < 0.5:
+            steps.give(draw.randint(1, tokens))
+    for _ in range(3):
+        steps.step()
+    return steps
 
 
-def test_a_burst_of_small_prompts_is_not_extrapolated_into_a_refusal() -> None:
-    engine = EngineForecast()
-    for tokens, seconds in zip((10, 12, 11, 13, 12, 14, 11, 15), (0.1, 0.2, 0.1, 1.9, 0.3, 2.5, 0.1, 3.0), strict=True):
-        engine.learn(tokens, int(seconds * 1e9))
-    assert engine.predict_ns(1_000) <= 3_000 * MS  # type: ignore[operator]
+def test_a_forecast_knows_nothing_until_it_has_seen_prompts() -> None:
+    steps = Steps(EngineForecast())
+    for _ in range(WARM):
+        assert steps.forecast.raw_ns(100, steps.now_ns) is None
+        steps.give(100)
+        steps.step()
+    assert QueueForecast().wait_ns(3, 300, 0) is None
+    assert QueueForecast().interval_ns() is None
 
 
-def test_the_queue_drains_at_the_rate_of_its_placements_and_forgets_when_it_is_empty() -> None:
+def test_the_first_token_follows_the_rest_of_the_running_step() -> None:
+    steps = warm()
+    steps.give(500)
+    half_way_ns = steps.now_ns + STEP_MS * MS // 2
+    expected_ms = STEP_MS / 2 + STEP_MS + TOKEN_MS * (500 + 200)
+    assert steps.forecast.raw_ns(200, half_way_ns) == pytest.approx(expected_ms * MS, rel=0.02)
+    steps.step()  # the step of the 500 begins
+    expected_ms = STEP_MS + TOKEN_MS * 500 + STEP_MS + TOKEN_MS * 200
+    assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
+
+
+def test_a_prompt_larger_than_any_seen_is_not_guessed() -> None:
+    steps = warm(tokens=100)
+    assert steps.forecast.raw_ns(100, steps.now_ns) is not None
+    assert steps.forecast.raw_ns(1_000, steps.now_ns) is None
+
+
+def test_a_prompt_that_never_started_holds_up_nobody() -> None:
+    steps = warm()
+    before_ns = steps.forecast.raw_ns(200, steps.now_ns)
+    steps.forecast.placed(9_999, 800, steps.now_ns)
+    assert steps.forecast.raw_ns(200, steps.now_ns) != before_ns
+    steps.forecast.dropped(9_999)
+    steps.forecast.dropped(9_999)
+    assert steps.forecast.raw_ns(200, steps.now_ns) == before_ns
+    assert steps.forecast.unstarted_tokens == 0
+
+
+def test_steps_of_parts_of_a_prompt_are_not_taken_for_steps_without_one() -> None:
+    steps = warm()
+    before_ns = steps.forecast.raw_ns(200, steps.now_ns)
+    steps.forecast.placed(9_999, 1_000, steps.now_ns)
+    for _ in range(5):  # each as long as a quarter of the prompt takes
+        steps.now_ns += 250 * MS
+        steps.forecast.stepped(steps.now_ns, is_idle=False)
+    steps.forecast.started(9_999)
+    steps.now_ns += 250 * MS
+    steps.forecast.stepped(steps.now_ns, is_idle=False)
+    # The first of them began before the prompt was there, and so it was a step like any other, if a slow one.
+    assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(before_ns, rel=0.25)
+
+
+def test_an_idle_worker_begins_its_step_with_the_prompt() -> None:
+    steps = warm()
+    steps.forecast.stepped(steps.now_ns, is_idle=True)
+    an_hour_later_ns = steps.now_ns + 3_600_000 * MS
+    expected_ns = (STEP_MS + TOKEN_MS * 200) * MS
+    assert steps.forecast.raw_ns(200, an_hour_later_ns) == pytest.approx(expected_ns, rel=0.02)
+    steps.forecast.placed(9_999, 200, an_hour_later_ns)
+    steps.forecast.started(9_999)
+    step = steps.forecast.stepped(an_hour_later_ns + expected_ns, is_idle=True)
+    assert step is not None
+    assert step.duration_ns == expected_ns, "the hour is no step"
+
+
+def busy_queue() -> tuple[QueueForecast, int]:
+    """Each request takes 50 ms and 1 ms per token to be followed by the next."""
+    draw = random.Random(1)
+    queue, now_ns = QueueForecast(), 0
+    for _ in range(100):
+        tokens = draw.randint(10, 1_000)
+        queue.placed(tokens, now_ns, others_wait=True)
+        now_ns += (50 + tokens) * MS
+    queue.placed(100, now_ns, others_wait=True)
+    return queue, now_ns
+
+
+def test_the_wait_is_that_of_the_requests_and_tokens_ahead() -> None:
+    queue, now_ns = busy_queue()
+    assert queue.wait_ns(0, 0, now_ns) == pytest.approx(150 * MS, rel=0.01)
+    assert queue.wait_ns(0, 0, now_ns + 100 * MS) == pytest.approx(50 * MS, rel=0.01)
+    assert queue.wait_ns(3, 600, now_ns + 150 * MS) == pytest.approx((3 * 50 + 600) * MS, rel=0.01)
+
+
+def test_a_pause_in_which_nobody_waits_says_nothing_of_the_rate() -> None:
+    queue, now_ns = busy_queue()
+    queue.placed(100, now_ns + 150 * MS, others_wait=False)
+    before_ns = queue.interval_ns()
+    queue.placed(100, now_ns + 10**15, others_wait=False)
+    assert queue.interval_ns() == before_ns
+
+
+def test_forecasts_that_were_too_low_are_stretched_apart_by_kind() -> None:
     queue = QueueForecast()
-    for number in range(20):
-        queue.placed(number * 100 * MS, others_wait=True)
-    assert queue.predict_ns(0) == 100 * MS
-    assert queue.predict_ns(9) == 1_000 * MS
-    queue.placed(20 * 100 * MS, others_wait=False)
-    assert queue.predict_ns(0) is None
-
-
-def test_forecasts_that_were_too_low_are_stretched() -> None:
-    queue = QueueForecast()
-    for number in range(20):
-        queue.placed(number * 100 * MS, others_wait=True)
-    for _ in range(50):
-        queue.learn(100 * MS, 150 * MS)
-    assert queue.safe_ns(0) == 150 * MS
+    forecast = queue.correct(100 * MS, is_queued=True)
+    assert (forecast.expected_ns, forecast.safe_ns) == (100 * MS, 100 * MS)
+    for number in range(100):
+        queue.learn(forecast, 110 * MS if number % 5 else 200 * MS)
+    corrected = queue.correct(100 * MS, is_queued=True)
+    assert corrected.expected_ns == pytest.approx(110 * MS)
+    assert corrected.safe_ns == pytest.approx(200 * MS)
+    assert queue.correct(100 * MS, is_queued=False).safe_ns == 100 * MS
+    assert queue.correct(0, is_queued=True).raw_ns == LEAST_NS
 
 
 @given(
@@ -69,10 +166,11 @@ def test_a_fit_never_leaves_what_was_seen(samples: list[tuple[int, int]], x: int
     assert min(values) <= fit.predict(x) <= max(values)
 
 
-@given(st.lists(st.floats(0, 100), min_size=300, max_size=600))
-def test_a_rolling_share_is_that_of_its_window(samples: list[float]) -> None:
-    share = RollingShare()
+@given(st.lists(st.floats(0, 100), min_size=WINDOW + 44, max_size=600))
+def test_ratios_are_those_of_their_window(samples: list[float]) -> None:
+    ratios = RollingRatios()
     for sample in samples:
-        share.add(sample)
-    window = sorted(samples[-256:])
-    assert share.value == window[int(256 * 0.9)]
+        ratios.add(sample)
+    window = sorted(samples[-WINDOW:])
+    assert ratios.middle == window[WINDOW // 2]
+    assert ratios.safe == window[231], "the rank that one more sample stays under nine times in ten"

@@ -23,6 +23,7 @@ class FakeListener:
         self.heard: list[str] = []
         self.loads: list[Load] = []
         self.is_draining = False
+        self.steps = 0
         self.changed = asyncio.Condition()
 
     async def until(self, event: str, times: int = 1) -> None:
@@ -39,6 +40,9 @@ class FakeListener:
 
     def worker_ready(self, session: WorkerSession, welcome: Welcome) -> None:
         self._hear("ready")
+
+    def worker_stepped(self, session: WorkerSession, now_ns: int) -> None:
+        self.steps += 1
 
     def worker_reported(self, session: WorkerSession, load: Load, is_draining: bool) -> None:
         self.loads.append(load)

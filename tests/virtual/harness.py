@@ -5,6 +5,7 @@ What is left out is what neither decides: HTTP, the wire (a fixed delay each way
 
 from __future__ import annotations
 
+import collections
 import heapq
 import itertools
 from collections.abc import Callable, Iterable
@@ -13,10 +14,12 @@ import msgspec
 
 from engine.sim.parameters import SimParameters
 from engine.sim.simulator import Limits, Sequence, Simulator
+from gateway import admission
+from gateway.forecast import Forecast
 from gateway.lengths import OutputLengths
 from gateway.order import Ticket
 from gateway.scheduler import Scheduler
-from protos.core.contract import ModelInfo
+from protos.core.contract import Load, ModelInfo
 
 MODEL = "m"
 SECOND_NS = 1_000_000_000
@@ -42,12 +45,18 @@ class Result(msgspec.Struct):
     dispatched_ns: int = 0
     first_token_ns: int = 0
     finished_ns: int = 0
+    forecast: Forecast | None = None
     is_expired: bool = False
     is_refused: bool = False
 
     @property
     def ttft_ns(self) -> int:
         return self.first_token_ns - self.arrival.at_ns
+
+    @property
+    def tpot_ns(self) -> float:
+        """Time per output token after the first; 0 for an answer of one."""
+        return (self.finished_ns - self.first_token_ns) / max(1, self.arrival.output_tokens - 1)
 
 
 class Gateway:
@@ -61,8 +70,9 @@ class Gateway:
         max_sequences: int,
         max_batch_tokens: int = 8192,
         wire_ns: int = 500_000,
+        token_target_ns: int | None = None,
     ) -> None:
-        self.scheduler = Scheduler()
+        self.scheduler = Scheduler(token_target_ns)
         self.now_ns = 0
         self.results: list[Result] = []
         self.after_event: Callable[[], None] = lambda: None
@@ -96,11 +106,10 @@ class Gateway:
     def _arrive(self, number: int) -> None:
         result = self.results[number]
         arrival, scheduler = result.arrival, self.scheduler
-        if arrival.is_sheddable:
-            safe_ns = scheduler.safe_ttft_ns(MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens)
-            if safe_ns is not None and safe_ns > arrival.patience_ns:
-                result.is_refused = True
-                return
+        result.forecast = scheduler.forecast(MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens, self.now_ns)
+        if arrival.is_sheddable and admission.is_hopeless(result.forecast, arrival.patience_ns):
+            result.is_refused = True
+            return
         deadline_ns = self.now_ns + arrival.patience_ns
         self.scheduler.enqueue(
             Ticket(
@@ -114,7 +123,7 @@ class Gateway:
                 arrived_ns=self.now_ns,
                 deadline_ns=deadline_ns,
                 is_sheddable=arrival.is_sheddable,
-                expected_wait_ns=scheduler.expected_wait_ns(MODEL, arrival.band, arrival.tenant),
+                forecast=result.forecast,
             )
         )
         if arrival.patience_ns < 10**15:
@@ -165,8 +174,40 @@ class Gateway:
             result.finished_ns = self.now_ns + self._wire_ns
             self.scheduler.release(number, sequence.generated)
             self._lengths.learn(result.arrival.tenant, sequence.generated, 1)
+        engine = self._engines[worker]
+        load = Load(running=engine.running_count, waiting=engine.waiting_count)
+        self.scheduler.worker_reported(worker, load, is_draining=False)
+        self.scheduler.stepped(worker, self.now_ns)
         self._place()
         self._step(worker)
+
+
+def direct(
+    parameters: SimParameters, arrivals: Iterable[Arrival], *, max_sequences: int, max_batch_tokens: int
+) -> list[Result]:
+    """The same engine without a gateway: every request goes into its queue when it arrives."""
+    engine: Simulator[Result] = Simulator(parameters, Limits(max_sequences, max_batch_tokens))
+    results = [Result(arrival) for arrival in arrivals]
+    coming = collections.deque(results)
+    now_ns = 0
+    while True:
+        while coming and coming[0].arrival.at_ns <= now_ns:
+            one = coming.popleft()
+            engine.submit(
+                one, prompt_tokens=one.arrival.prompt_tokens, output_tokens=one.arrival.output_tokens, now_ns=now_ns
+            )
+        step = engine.step(now_ns)
+        if step is None:
+            if not coming:
+                return results
+            now_ns = coming[0].arrival.at_ns
+            continue
+        now_ns = step.ended_ns
+        for sequence in step.tokens:
+            if sequence.generated == 1:
+                sequence.owner.first_token_ns = now_ns
+        for sequence in step.finished:
+            sequence.owner.finished_ns = now_ns
 
 
 def _model(parameters: SimParameters, max_sequences: int, max_batch_tokens: int) -> ModelInfo:

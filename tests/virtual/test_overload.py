@@ -1,71 +1,67 @@
 """Goodput under overload: the gateway's deciders in front of a simulated Qwen3-14B on an A100, in virtual time."""
 
-import random
-
 import pytest
 
-from engine.sim.parameters import SimParameters
-from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
+from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result, direct
+from tests.virtual.workload import Slo, engine, poisson
 
-ENGINE = SimParameters(
-    step_us=19_000, prefill_token_us=172, prefill_pair_ns=4.8, decode_us=30, kv_token_ns=102, kv_blocks=15_000
-)
-TTFT_NS = SECOND_NS
-TPOT_NS = SECOND_NS // 10
-SECONDS = 90
+ENGINE = engine()
+SLO = Slo()
+SECONDS = 120
 NEARLY_FULL = 3.0
 """Requests per second that this engine can just serve in time."""
 
 
-def offered(rate: float, *, is_sheddable: bool) -> list[Arrival]:
-    """Poisson arrivals, log-normal lengths; no prompt that could not be prefilled within the SLO by itself."""
-    draw = random.Random(1)
-    at_s, result = 0.0, []
-    while (at_s := at_s + draw.expovariate(rate)) < SECONDS:
-        result.append(
-            Arrival(
-                at_ns=int(at_s * SECOND_NS),
-                prompt_tokens=min(3_000, int(draw.lognormvariate(6.6, 0.9)) + 2),
-                output_tokens=min(1_000, int(draw.lognormvariate(5.0, 0.8)) + 2),
-                is_sheddable=is_sheddable,
-                patience_ns=TTFT_NS if is_sheddable else 10**15,
-            )
-        )
-    return result
-
-
-def run(rate: float, *, is_sheddable: bool) -> list[Result]:
-    return Gateway(ENGINE, workers=1, max_sequences=64, max_batch_tokens=2_048).run(
-        offered(rate, is_sheddable=is_sheddable)
+def gateway() -> Gateway:
+    return Gateway(
+        ENGINE.parameters,
+        workers=1,
+        max_sequences=ENGINE.max_sequences,
+        max_batch_tokens=ENGINE.max_batch_tokens,
+        token_target_ns=SLO.tpot_ns,
     )
 
 
+def run(rate: float) -> list[Result]:
+    return gateway().run(poisson(rate, SECONDS, slo=SLO))
+
+
 def goodput(results: list[Result]) -> float:
-    """Requests per second that met both SLOs."""
-    return sum(is_good(result) for result in results) / SECONDS
-
-
-def is_good(result: Result) -> bool:
-    if not result.finished_ns or result.ttft_ns > TTFT_NS:
-        return False
-    return (result.finished_ns - result.first_token_ns) / max(1, result.arrival.output_tokens - 1) <= TPOT_NS
+    """Requests per second that met both objectives."""
+    return sum(map(SLO.is_met, results)) / SECONDS
 
 
 @pytest.mark.parametrize("factor", [2, 3])
 def test_goodput_under_overload_stays_at_its_peak(factor: int) -> None:
-    peak = goodput(run(NEARLY_FULL, is_sheddable=True))
-    results = run(factor * NEARLY_FULL, is_sheddable=True)
+    peak = goodput(run(NEARLY_FULL))
+    results = run(factor * NEARLY_FULL)
     assert goodput(results) >= 0.9 * peak
     admitted = [result for result in results if result.first_token_ns]
-    assert sum(result.ttft_ns > TTFT_NS for result in admitted) <= 0.05 * len(admitted)
+    assert sum(not SLO.is_met(result) for result in admitted) <= 0.05 * len(admitted)
 
 
-def test_without_shedding_the_same_overload_serves_nearly_nobody_in_time() -> None:
-    assert goodput(run(3 * NEARLY_FULL, is_sheddable=False)) < 0.1 * goodput(run(NEARLY_FULL, is_sheddable=True))
+def test_the_engine_alone_serves_nearly_nobody_in_time() -> None:
+    results = direct(
+        ENGINE.parameters,
+        poisson(2 * NEARLY_FULL, SECONDS),
+        max_sequences=ENGINE.max_sequences,
+        max_batch_tokens=ENGINE.max_batch_tokens,
+    )
+    assert all(result.finished_ns for result in results)
+    assert goodput(results) < 0.1 * goodput(run(NEARLY_FULL))
+
+
+@pytest.mark.parametrize("rate", [3.0, 9.0])
+def test_the_forecast_of_the_first_token_comes_true(rate: float) -> None:
+    known = [result for result in run(rate) if result.first_token_ns and result.forecast is not None]
+    errors = [abs(result.ttft_ns - result.forecast.expected_ns) / result.ttft_ns for result in known]  # type: ignore[union-attr]
+    assert sum(errors) / len(errors) <= 0.2
+    covered = sum(result.ttft_ns <= result.forecast.safe_ns for result in known)  # type: ignore[union-attr]
+    assert 0.84 <= covered / len(known) <= 0.96, "a short run; the benchmark's is longer and asks for more"
 
 
 def test_a_system_that_is_far_from_full_refuses_hardly_anybody() -> None:
-    results = run(1.0, is_sheddable=True)
+    results = run(1.0)
     assert sum(result.is_refused for result in results) <= 0.02 * len(results)
 
 
@@ -74,17 +70,16 @@ def test_a_cold_or_idle_system_admits_what_it_cannot_serve_in_time() -> None:
         Arrival(at_ns=second * 60 * SECOND_NS, prompt_tokens=8_000, output_tokens=5, is_sheddable=True, patience_ns=1)
         for second in range(20)
     ]
-    results = Gateway(ENGINE, workers=1, max_sequences=64).run(hopeless)
-    assert not any(result.is_refused for result in results)
+    assert not any(result.is_refused for result in gateway().run(hopeless))
 
 
 def test_critical_requests_are_never_refused_on_a_forecast() -> None:
     critical = [
-        Arrival(at_ns=one.at_ns + 1, prompt_tokens=200, output_tokens=50, band=0, patience_ns=TTFT_NS)
-        for one in offered(0.5, is_sheddable=False)
+        Arrival(at_ns=one.at_ns + 1, prompt_tokens=200, output_tokens=50, band=0, patience_ns=SLO.ttft_ns)
+        for one in poisson(0.5, SECONDS)
     ]
-    everything = sorted([*offered(9.0, is_sheddable=True), *critical], key=lambda arrival: arrival.at_ns)
-    results = Gateway(ENGINE, workers=1, max_sequences=64, max_batch_tokens=2_048).run(everything)
+    everything = sorted([*poisson(9.0, SECONDS, slo=SLO), *critical], key=lambda arrival: arrival.at_ns)
+    results = gateway().run(everything)
     mine = [result for result in results if result.arrival.band == 0]
     assert not any(result.is_refused for result in mine)
-    assert sum(is_good(result) for result in mine) >= 0.9 * len(mine)
+    assert sum(map(SLO.is_met, mine)) >= 0.9 * len(mine)

@@ -1,0 +1,46 @@
+"""How often a worker may be given a new prompt: only while the answers that it is writing keep their pace.
+
+Every step that computes a prompt makes all answers of the worker wait. A step shorter than the target earns the
+difference, a longer one pays it, and a prompt is given only while there is credit. So answers get a token per target on
+average, whatever the prompts, and prompts beyond that wait in the gateway, where they can be ordered and refused.
+"""
+
+from __future__ import annotations
+
+SHARE = 0.9
+"""Of the target: answers differ, and most of them have to meet it."""
+BURST_STEPS = 10
+"""Targets that may be saved up, or owed."""
+LEAST_EARNING = 0.1
+"""Of a target, for a step without a prompt: where the engine misses the target by itself, prompts go on, slowly."""
+
+
+class Pace:
+    """One worker's credit, in nanoseconds. Without a target it always allows."""
+
+    def __init__(self, target_ns: int | None = None) -> None:
+        self._target_ns = None if target_ns is None else int(SHARE * target_ns)
+        self._most_ns = BURST_STEPS * (self._target_ns or 0)
+        self._credit_ns = self._most_ns
+
+    def allows(self, pending_ns: float, joint_ns: float) -> bool:
+        """May the worker get a prompt?
+
+        `pending_ns` is what those cost that it has not computed yet; `joint_ns` what the next step would compute with
+        this one, 0 where that would be this one alone: however long a prompt is, it may be computed.
+        """
+        target_ns = self._target_ns
+        return target_ns is None or (self._credit_ns >= pending_ns and joint_ns <= target_ns)
+
+    def stepped(self, step_ns: int, *, has_prefill: bool) -> None:
+        """A step has ended, and each running answer has its next token."""
+        if self._target_ns is None:
+            return
+        earned_ns = self._target_ns - step_ns
+        if not has_prefill:
+            earned_ns = max(earned_ns, int(LEAST_EARNING * self._target_ns))
+        self._credit_ns = max(-self._most_ns, min(self._most_ns, self._credit_ns + earned_ns))
+
+    def rest(self) -> None:
+        """Nothing runs, so that nobody is behind."""
+        self._credit_ns = self._most_ns
