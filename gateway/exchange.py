@@ -48,9 +48,13 @@ class Unplaceable(msgspec.Struct, frozen=True):
     """The last worker that could have run it is gone."""
 
 
+class Cut(msgspec.Struct, frozen=True):
+    """The gateway stops, and has waited long enough."""
+
+
 Row = tuple[int, str, Sequence[TokenLogprob] | None]
 """(choice, text, logprobs)"""
-Event = Placed | Finished | Failed | Lost | Gone | Overdue | Unplaceable
+Event = Placed | Finished | Failed | Lost | Gone | Overdue | Unplaceable | Cut
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -62,6 +66,7 @@ class Exchange:
     """Owned by the pipeline's task of the request. A Sink for its attempts."""
 
     __slots__ = (
+        "_attempt_ns",
         "_events",
         "_first_token_ns",
         "_keeps_output",
@@ -76,6 +81,7 @@ class Exchange:
         "body",
         "cached_tokens",
         "call",
+        "carried_tokens",
         "charged_tokens",
         "choices",
         "ended_ns",
@@ -93,11 +99,13 @@ class Exchange:
         "outcome",
         "outlet",
         "output_tokens",
+        "patience",
         "priority",
         "prompt_tokens",
         "status",
         "tenant",
         "timeline",
+        "token_ids",
         "watcher",
         "worker",
         "worker_model",
@@ -134,6 +142,10 @@ class Exchange:
         self.expected_cached_tokens: int | None = None
         """When it was routed."""
         self.output_tokens = 0
+        self.carried_tokens = 0
+        """Output tokens from before the present attempt."""
+        self.token_ids: list[int] | None = None
+        """Of the output, where the request may be resumed on another worker."""
         self.charged_tokens = 0
         """Output tokens that the tenant was charged for; beyond them, `on_overrun` is called."""
         self.on_overrun: Callable[[], None] = _nothing
@@ -143,6 +155,9 @@ class Exchange:
         """Nothing more goes to the client."""
         self.watcher: asyncio.Task[None] | None = None
         """Signals Gone when the client leaves."""
+        self.patience: asyncio.Timeout | None = None
+        """Of a wait for the client that is no event's to end."""
+        self._attempt_ns = 0
         self._keeps_output = keeps_output
         self._first_token_ns = 0
         self._last_delta_ns = 0
@@ -173,6 +188,12 @@ class Exchange:
         if self._waiter is not None and not self._waiter.done():
             self._waiter.set_result(None)
 
+    def cut(self) -> None:
+        """The gateway stops: whatever the request waits for, it waits no longer."""
+        self.signal(Cut())
+        if self.patience is not None:
+            self.patience.reschedule(asyncio.get_running_loop().time())
+
     @property
     def has_left(self) -> bool:
         """The client went away, and the pipeline has not acted on it."""
@@ -193,16 +214,23 @@ class Exchange:
         self.choices = [Choice(texts=[], logprobs=[]) for _ in range(call.sampling.n)]
 
     def begin_attempt(self, worker: str, model: ModelInfo, now_ns: int) -> None:
-        timeline = self.timeline
-        timeline.forget_engine()
-        timeline.dispatched_ns = now_ns
+        """One that resumes adds to the phases that there are: to the client it is one answer, with a pause in it."""
+        if not self.has_output:
+            self.timeline.forget_engine()
+            self.timeline.dispatched_ns = now_ns
         self.worker, self.worker_model = worker, model
+        self.carried_tokens = self.output_tokens
         self.is_deaf = False
+        self._attempt_ns = now_ns
 
     def end_attempt(self, now_ns: int, error: str | None) -> None:
         assert self.worker is not None
         arrived_ns = self.timeline.arrived_ns
-        self.attempts.append(Attempt(self.worker, self.timeline.dispatched_ns - arrived_ns, now_ns - arrived_ns, error))
+        output_tokens = self.output_tokens - self.carried_tokens
+        self.on_started = self.on_overrun = _nothing
+        self.attempts.append(
+            Attempt(self.worker, self._attempt_ns - arrived_ns, now_ns - arrived_ns, error, output_tokens)
+        )
 
     def stop_listening(self) -> None:
         """Nothing more goes to the client; the worker's last words still count for the record."""
@@ -211,8 +239,13 @@ class Exchange:
 
     @property
     def has_output(self) -> bool:
-        """A token has come: from here on the request cannot be started again elsewhere."""
+        """A token has come: from here on the request can only be resumed elsewhere, not started again."""
         return self.output_tokens > 0
+
+    @property
+    def is_resumable(self) -> bool:
+        """Each token that has come is known by its id; otherwise nobody could say what is missing."""
+        return self.token_ids is not None and len(self.token_ids) == self.output_tokens
 
     @property
     def tokens(self) -> int:
@@ -226,13 +259,15 @@ class Exchange:
     # -- Sink
 
     def accepted(self, received_ns: int, offset_ns: int) -> None:
-        self.timeline.engine_received_ns = received_ns - offset_ns
+        if not self.carried_tokens:
+            self.timeline.engine_received_ns = received_ns - offset_ns
 
     def started(self, event: Started, offset_ns: int) -> None:
-        self.prompt_tokens = event.prompt_tokens
-        self.cached_tokens = event.cached_tokens
-        self.timeline.take_stamps(event.stamps, offset_ns)
-        self.timeline.last_token_ns = 0  # it is the first token's, until the worker says `finished`
+        if not self.carried_tokens:
+            self.prompt_tokens = event.prompt_tokens
+            self.cached_tokens = event.cached_tokens
+            self.timeline.take_stamps(event.stamps, offset_ns)
+            self.timeline.last_token_ns = 0  # it is the first token's, until the worker says `finished`
         self.on_started()
 
     def delta(
@@ -269,14 +304,17 @@ class Exchange:
             self._send(choice, text, logprobs)
 
     def finished(self, event: Finished, offset_ns: int) -> None:
-        self.prompt_tokens = event.prompt_tokens
-        self.cached_tokens = event.cached_tokens
         self.finish = event
-        self.timeline.take_stamps(event.stamps, offset_ns)
+        if self.carried_tokens:
+            self.timeline.take_end(event.stamps, offset_ns)
+        else:
+            self.prompt_tokens = event.prompt_tokens
+            self.cached_tokens = event.cached_tokens
+            self.timeline.take_stamps(event.stamps, offset_ns)
         self.signal(event)
 
     def failed(self, event: Failed, offset_ns: int) -> None:
-        if event.stamps.received_ns:
+        if event.stamps.received_ns and not self.carried_tokens:
             self.timeline.take_stamps(event.stamps, offset_ns)
         self.signal(event)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 
+from gateway.breaker import Verdict
 from gateway.scheduler import Scheduler
 from gateway.session import WorkerSession
 from gateway.upstream import Upstream
@@ -75,7 +76,9 @@ class Fleet:
             self.on_room()
 
     def worker_lost(self, session: WorkerSession, reason: str) -> None:
-        self._scheduler.worker_left(session.name)
+        worker = self._scheduler.worker_left(session.name)
+        if not worker.is_draining:
+            self._scheduler.attempt_ended(session.name, Verdict.FAILURE, self._clock.mono_ns())
         self.on_loss()
 
     def worker_refused(self, session: WorkerSession) -> None:

@@ -13,10 +13,10 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from gateway import admission
+from gateway import admission, retries
 from gateway.answers import Answer, error_event, render_error
 from gateway.calls import Call, Parser
-from gateway.exchange import Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
+from gateway.exchange import Cut, Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
 from gateway.fleet import Fleet
 from gateway.identity import authorization, identify
 from gateway.lengths import OutputLengths
@@ -56,6 +56,10 @@ OVERRUN_TOKENS = 32
 """Charged ahead when an answer is longer than was predicted: every token would cost more than relaying it."""
 END_SECONDS = 5.0
 """A client whose socket is full gets at least this long to take the end of its answer."""
+LAST_SECONDS = 1.0
+"""The same, when the gateway stops and has waited long enough."""
+CUT_SECONDS = 3.0
+"""How long requests that are cut off may take to say so."""
 
 
 class Endpoint:
@@ -86,6 +90,7 @@ class Pipeline:
         """Replaced as a whole when the configuration is read again."""
         self._quotas = Quotas()
         self._lengths = OutputLengths()
+        self._retries = retries.RetryBudget()
         self._limits = limits
         self._scheduler = scheduler
         self._fleet = fleet
@@ -97,6 +102,9 @@ class Pipeline:
         self._became_idle = asyncio.Event()
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_ns = 0
+        self._is_cut_off = False
+        self._patience: asyncio.Timeout | None = None
+        """Of the drain."""
         fleet.on_room = self._place_waiting
         fleet.on_loss = self._fail_unplaceable
 
@@ -113,14 +121,33 @@ class Pipeline:
         }
 
     async def drain(self, limit_s: float) -> bool:
-        """Refuse what comes, and wait for what runs; False when some was still running after `limit_s`."""
+        """Refuse what comes and wait for what runs; False when that was cut off, after `limit_s` or when hurried."""
         self.is_draining = True
+        if await self._idle_within(limit_s):
+            return True
+        log.warning("%d requests are cut off", len(self._active))
+        self._cut_off()
+        await self._idle_within(CUT_SECONDS)
+        return False
+
+    def hurry(self) -> None:
+        """Wait no longer for what drains."""
+        if self._patience is not None:
+            self._patience.reschedule(asyncio.get_running_loop().time())
+
+    async def _idle_within(self, limit_s: float) -> bool:
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(limit_s):
+            async with asyncio.timeout(limit_s) as self._patience:
                 while self._active:
                     self._became_idle.clear()
                     await self._became_idle.wait()
+        self._patience = None
         return not self._active
+
+    def _cut_off(self) -> None:
+        self._is_cut_off = True
+        for exchange in self._active.values():
+            exchange.cut()
 
     async def handle(self, endpoint: Endpoint, scope: dict[str, Any], receive: Receive, send: Send) -> None:
         """One ASGI request of an inference endpoint."""
@@ -150,7 +177,7 @@ class Pipeline:
         refusal = self._authenticate(exchange, headers)
         if refusal is not None:
             return refusal
-        body = await self._receive(receive, headers)
+        body = await self._receive(exchange, receive, headers)
         if not isinstance(body, bytes):
             return body
         exchange.body = body
@@ -171,17 +198,28 @@ class Pipeline:
             self._quotas.settle(grant, exchange.tokens, self._clock.mono_ns())
 
     async def _queue_and_attempt(self, exchange: Exchange, call: Call, terms: Terms) -> End:
-        """Wait for a worker and run there; once more elsewhere when an attempt fails before its first token."""
+        """Wait for a worker and run there; again elsewhere when that fails, from the start or from the last token."""
+        if terms.may_resume and retries.is_resumable(call.sampling):
+            exchange.token_ids = []
         avoid: tuple[str, ...] = ()
-        for attempt in itertools.count(1):
+        while True:
             placed = await self._queue(exchange, call, terms, avoid)
             if not isinstance(placed, Placed):
                 return placed
-            end = await self._attempt(exchange, call, terms, placed)
-            if not _is_retryable(end) or exchange.has_output or attempt >= self._limits.attempts:
-                return _translate(end, exchange, terms)
             avoid = (*avoid, placed.worker)
-        raise AssertionError("unreachable")
+            end = await self._attempt(exchange, call, terms, placed)
+            if not self._may_try_again(exchange, terms, end, len(avoid)):
+                return _translate(end, exchange, terms)
+
+    def _may_try_again(self, exchange: Exchange, terms: Terms, end: Event, attempts: int) -> bool:
+        if not retries.is_workers_fault(end) or attempts >= self._limits.attempts:
+            return False
+        if exchange.has_output and not exchange.is_resumable:
+            return False
+        now_ns = self._clock.mono_ns()
+        if _wanted_by_ns(exchange, terms, now_ns) <= now_ns:
+            return False
+        return self._retries.take(exchange.number, end, len(self._active))
 
     # -- authenticate
 
@@ -194,16 +232,20 @@ class Pipeline:
 
     # -- receive
 
-    async def _receive(self, receive: Receive, headers: Headers) -> bytes | RequestError | Gone:
+    async def _receive(self, exchange: Exchange, receive: Receive, headers: Headers) -> bytes | RequestError | Gone:
         """The whole body, within the limits of size and time."""
         limit = self._limits.body_bytes
         if _content_length(headers) > limit:
             return _too_large(limit)
         try:
-            async with asyncio.timeout(BODY_SECONDS):
+            async with asyncio.timeout(BODY_SECONDS) as exchange.patience:
                 return await _receive_parts(receive, limit)
         except TimeoutError:
+            if self._is_cut_off:
+                return admission.draining()
             return BodyTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s")
+        finally:
+            exchange.patience = None
 
     # -- admit
 
@@ -288,19 +330,44 @@ class Pipeline:
             event = await exchange.next_event()
         finally:
             if not isinstance(event, Placed):
-                self._scheduler.withdraw(number)
+                self._scheduler.withdraw(exchange.number)
                 self._place_waiting()
         match event:
             case Placed():
                 return event
             case Gone():
                 return event
+            case Overdue() if exchange.has_output:
+                return _lost()
             case Overdue():
                 return admission.too_late(terms, exchange.model, self._scheduler)
+            case Cut():
+                return admission.draining()
             case Unplaceable():
                 return admission.no_worker()
             case _:
                 raise AssertionError(f"{event} while queued")
+
+    def _ticket(self, exchange: Exchange, call: Call, terms: Terms, avoid: tuple[str, ...]) -> Ticket:
+        """An answer that has begun goes on before others begin: it is in the top band, and is not shed."""
+        is_begun = exchange.has_output
+        return Ticket(
+            request=exchange.number,
+            model=exchange.model,
+            tenant=exchange.tenant,
+            weight=terms.weight,
+            band=0 if is_begun else terms.band,
+            sequences=call.sampling.n,
+            input_tokens=call.prompt_tokens_estimate + exchange.output_tokens,
+            output_tokens=max(1, self._predict_output(exchange, call) - exchange.output_tokens),
+            size_bytes=len(exchange.body),
+            arrived_ns=exchange.timeline.arrived_ns,
+            deadline_ns=_wanted_by_ns(exchange, terms, self._clock.mono_ns()),
+            is_sheddable=terms.is_sheddable and not is_begun,
+            forecast=None if avoid else exchange.forecast,
+            avoid=avoid,
+            is_paid=bool(avoid),
+        )
 
     def _place_waiting(self) -> None:
         """Hand room to waiting requests; called whenever there may be some of both."""
@@ -315,10 +382,15 @@ class Pipeline:
             exchange.signal(Placed(placement.worker, placement.cached_tokens))
 
     def _fail_unplaceable(self) -> None:
-        """A worker left: requests that only it could have run need not wait for their deadline."""
+        """A worker left: requests that only it could have run need not wait for their deadline.
+
+        Answers that have begun do: nobody else can give their clients the rest.
+        """
         for number in self._scheduler.unserved():
-            self._scheduler.leave(number)
-            self._active[number].signal(Unplaceable())
+            exchange = self._active[number]
+            if not exchange.has_output:
+                self._scheduler.leave(number)
+                exchange.signal(Unplaceable())
 
     def _arm_expiry(self) -> None:
         next_ns = self._scheduler.next_deadline_ns
@@ -344,7 +416,7 @@ class Pipeline:
     def _charge_overrun(self, exchange: Exchange) -> None:
         """More tokens came than were predicted: the tenant pays for the next ones, a block at a time."""
         exchange.charged_tokens = exchange.output_tokens + OVERRUN_TOKENS
-        self._scheduler.overran(exchange.number, exchange.charged_tokens)
+        self._scheduler.overran(exchange.number, exchange.charged_tokens - exchange.carried_tokens)
 
     # -- attempt
 
@@ -369,12 +441,13 @@ class Pipeline:
             sampling=call.sampling,
             model=exchange.model,
             traceparent=exchange.identity.traceparent,
+            token_ids=exchange.token_ids,
         )
         timer = _Timeouts(exchange, self._clock, terms)
         event: Event = Gone()
         try:
             event = await exchange.next_event()
-            if isinstance(event, Gone | Overdue):
+            if isinstance(event, Gone | Overdue | Cut):
                 exchange.ended_ns = self._clock.mono_ns()
                 exchange.stop_listening()
                 upstream.cancel(slot)
@@ -386,9 +459,11 @@ class Pipeline:
             raise
         finally:
             timer.cancel()
-            exchange.end_attempt(self._clock.mono_ns(), _attempt_error(event))
+            ended_ns = self._clock.mono_ns()
+            exchange.end_attempt(ended_ns, _attempt_error(event))
+            self._scheduler.attempt_ended(placed.worker, retries.verdict(event), ended_ns)
             # The lease is held until the worker has let go, so that its books and ours agree.
-            self._scheduler.release(exchange.number, exchange.output_tokens)
+            self._scheduler.release(exchange.number, exchange.output_tokens - exchange.carried_tokens)
             if isinstance(event, Finished):
                 self._lengths.learn(exchange.tenant, exchange.output_tokens, call.sampling.n)
             self._place_waiting()
@@ -405,7 +480,7 @@ class Pipeline:
                 exchange.outcome = Outcome.CANCELLED
             case RequestError():
                 exchange.error = end
-                exchange.outcome = _outcome(end)
+                exchange.outcome = _outcome(end, exchange)
                 await self._tell_error(exchange, end)
         if not exchange.ended_ns:
             exchange.ended_ns = self._clock.mono_ns()
@@ -460,13 +535,18 @@ class Pipeline:
         """Wait until the client's socket takes data; raises TimeoutError when the request's time is over."""
         deadline_ns = exchange.timeline.arrived_ns + int(self._limits.total_s * 1e9)
         left_s = (deadline_ns - self._clock.mono_ns()) / 1e9
-        async with asyncio.timeout(max(left_s, END_SECONDS)):
-            await exchange.outlet.unblocked()
+        limit_s = LAST_SECONDS if self._is_cut_off else max(left_s, END_SECONDS)
+        try:
+            async with asyncio.timeout(limit_s) as exchange.patience:
+                await exchange.outlet.unblocked()
+        finally:
+            exchange.patience = None
 
     def _settle(self, exchange: Exchange) -> None:
         if not exchange.ended_ns:  # cancelled by a server that is being stopped
             exchange.ended_ns = self._clock.mono_ns()
         del self._active[exchange.number]
+        self._retries.give_back(exchange.number)
         if not self._active:
             self._became_idle.set()
         self._recorder.settle(exchange)
@@ -507,8 +587,8 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
 
 
 async def _worker_end(exchange: Exchange) -> None:
-    """Wait until the worker has let go of the request: it answers a cancel, or its session is lost."""
-    while not isinstance(await exchange.next_event(), Finished | Failed | Lost):
+    """Wait until the worker has let go of the request: it answers a cancel, or its session is lost, or we stop."""
+    while not isinstance(await exchange.next_event(), Finished | Failed | Lost | Cut):
         pass
 
 
@@ -542,14 +622,12 @@ def _too_large(limit: int) -> TooLarge:
     return TooLarge(f"the body exceeds {limit} bytes")
 
 
-def _is_retryable(end: Event) -> bool:
-    match end:
-        case Lost():
-            return True
-        case Failed(kind=FailureKind.UNAVAILABLE | FailureKind.INTERNAL):
-            return True
-        case _:
-            return False
+def _wanted_by_ns(exchange: Exchange, terms: Terms, now_ns: int) -> int:
+    """When the next token is worthless; an answer that has begun gives a new worker the time of a first token."""
+    arrived_ns = exchange.timeline.arrived_ns
+    if not exchange.has_output:
+        return arrived_ns + terms.first_token_ns
+    return min(arrived_ns + terms.total_ns, now_ns + terms.first_token_ns)
 
 
 def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
@@ -566,11 +644,15 @@ def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
         case Failed():
             return _failure(end)
         case Lost():
-            return Unavailable(
-                "the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0
-            )
+            return _lost()
+        case Cut():
+            return admission.draining()
         case _:
             raise AssertionError(f"{end} ends no attempt")
+
+
+def _lost() -> RequestError:
+    return Unavailable("the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0)
 
 
 def _failure(failed: Failed) -> RequestError:
@@ -597,11 +679,13 @@ def _attempt_error(event: Event) -> str | None:
             return reason
         case Overdue():
             return "deadline"
+        case Cut():
+            return "shutting down"
         case _:
             return "cancelled"
 
 
-def _outcome(error: RequestError) -> Outcome:
+def _outcome(error: RequestError, exchange: Exchange) -> Outcome:
     match error:
         case DeadlineExceeded() | BodyTimeout():
             return Outcome.TIMED_OUT
@@ -610,7 +694,7 @@ def _outcome(error: RequestError) -> Outcome:
         case Unavailable(reason="worker_lost" | "worker_failed"):
             return Outcome.FAILED
         case _:
-            return Outcome.REJECTED
+            return Outcome.FAILED if exchange.has_output else Outcome.REJECTED
 
 
 def _length(body: bytes) -> tuple[bytes, bytes]:

@@ -116,8 +116,8 @@ async def _serve(
         log.info("%s: serving on %s, operators on %s", settings.name, _address(public), _address(operator))
         await stop.wait()
         log.info("%s: draining %d requests", settings.name, pipeline.active)
-        if not await pipeline.drain(settings.limits.drain_s):
-            log.warning("%s: %d requests cut off after %g s", settings.name, pipeline.active, settings.limits.drain_s)
+        _on_signal(pipeline.hurry)
+        await pipeline.drain(settings.limits.drain_s)
         for server in servers:
             server.should_exit = True
         await asyncio.wait(running)
@@ -210,12 +210,11 @@ def _open_traces(tracing: Tracing, name: str, version: str) -> TraceWriter | Non
     return TraceWriter(exporter, sampler, SpanBuilder(name, version), SYSTEM_CLOCK)
 
 
-def _stop_on_signal() -> asyncio.Event:
-    stop = asyncio.Event()
+def _on_signal(act: Callable[[], None]) -> None:
+    """What SIGINT and SIGTERM do from now on."""
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
-    return stop
+        loop.add_signal_handler(number, act)
 
 
 def _new_loop() -> asyncio.AbstractEventLoop:

@@ -10,6 +10,7 @@ from typing import Any, Literal, Protocol
 import grpc
 import grpc.aio
 
+from gateway.heartbeat import Silence
 from gateway.offset import ClockOffset
 from gateway.upstream import Sink
 from protos.core import wire
@@ -30,9 +31,9 @@ from protos.core.errors import ProtocolMismatch
 
 log = logging.getLogger("tidegate.gateway")
 
-PING_SECONDS = 1.0
-SILENCE_NS = 5_000_000_000
-"""A worker says something every second, idle or not; after this long without a frame it hangs."""
+PING_SECONDS = 0.5
+SILENCE_NS = 4_000_000_000
+"""A worker says something every second, idle or not; after this long without a frame it hangs: `gateway.heartbeat`."""
 BACKOFF_SECONDS = (0.1, 5.0)
 MISMATCH_SECONDS = 30.0
 
@@ -71,6 +72,8 @@ class WorkerSession:
         self._listener = listener
         self._offset = ClockOffset()
         self._sinks: dict[int, Sink] = {}
+        self._token_ids: dict[int, list[int]] = {}
+        """Output tokens of the slots that may be resumed elsewhere: nobody else needs them."""
         self._next_slot = 1
         self._submits: list[Submit] = []
         self._cancels: list[int] = []
@@ -90,11 +93,21 @@ class WorkerSession:
     # -- Upstream
 
     def submit(
-        self, sink: Sink, *, request_id: str, prompt: Prompt, sampling: Sampling, model: str, traceparent: str
+        self,
+        sink: Sink,
+        *,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        model: str,
+        traceparent: str,
+        token_ids: list[int] | None = None,
     ) -> int:
         slot = self._next_slot
         self._next_slot += 1
         self._sinks[slot] = sink
+        if token_ids is not None:
+            self._token_ids[slot] = token_ids
         self._submits.append(
             Submit(
                 slot=slot,
@@ -103,6 +116,7 @@ class WorkerSession:
                 sampling=sampling,
                 model=model,
                 traceparent=traceparent,
+                resumed_token_ids=tuple(token_ids or ()),
             )
         )
         self._has_output.set()
@@ -190,9 +204,10 @@ class WorkerSession:
 
     async def _watch(self) -> None:
         """Ping, and notice a worker that hangs without closing."""
+        silence = Silence(int(PING_SECONDS * 1e9), self._clock.mono_ns())
         while True:
             await asyncio.sleep(PING_SECONDS)
-            silent_ns = self._clock.mono_ns() - self._heard_ns
+            silent_ns = silence.tick(self._clock.mono_ns(), self._heard_ns)
             if silent_ns > SILENCE_NS:
                 raise TimeoutError(f"silent for {silent_ns / 1e9:.0f} s")
             self._is_ping_due = True
@@ -214,11 +229,15 @@ class WorkerSession:
                 sink.started(started, offset_ns)
         if frame.deltas is not None:
             self._take_deltas(frame.deltas, now_ns)
+            if self._token_ids:
+                self._keep_token_ids(frame.deltas)
         for finished in frame.finished:
             if sink := sinks.pop(finished.slot, None):
+                self._token_ids.pop(finished.slot, None)
                 sink.finished(finished, offset_ns)
         for failed in frame.failed:
             if sink := sinks.pop(failed.slot, None):
+                self._token_ids.pop(failed.slot, None)
                 sink.failed(failed, offset_ns)
         self._take_pong(frame)
         if frame.load is not None:
@@ -239,6 +258,13 @@ class WorkerSession:
         for slot, text, count in zip(deltas.slots, deltas.texts, deltas.token_counts, strict=True):
             if sink := sinks.get(slot):
                 sink.delta(text, count, 0, None, now_ns)
+
+    def _keep_token_ids(self, deltas: Deltas) -> None:
+        at = 0
+        for slot, count in zip(deltas.slots, deltas.token_counts, strict=True):
+            if (token_ids := self._token_ids.get(slot)) is not None:
+                token_ids.extend(deltas.token_ids[at : at + count])
+            at += count
 
     def _take_pong(self, frame: EngineFrame) -> None:
         if frame.pong is not None:
@@ -262,6 +288,7 @@ class WorkerSession:
         self._submits.clear()
         self._cancels.clear()
         self._has_output.clear()
+        self._token_ids.clear()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.lost(reason)

@@ -57,6 +57,8 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Quota of the UTC day, counted by this gateway since it started."""
     models: tuple[str, ...] = ()
     """Models that the tenant may use; all of them when empty."""
+    resume: bool = False
+    """Answers whose worker is lost go on from their last token on another one, where that is exact."""
 
 
 class TenantTable:

@@ -27,6 +27,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     is_sheddable: bool
     first_token_ns: int
     total_ns: int
+    may_resume: bool = False
 
 
 def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, limits: Limits) -> Terms | RequestError:
@@ -48,6 +49,7 @@ def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, li
         is_sheddable=table.bands[band].is_sheddable,
         first_token_ns=min(first_token_ns, total_ns),
         total_ns=total_ns,
+        may_resume=tenant.resume,
     )
 
 

@@ -54,6 +54,10 @@ class Timeline:
         self.first_token_ns = _shift(stamps.first_token_ns, offset_ns)
         self.last_token_ns = _shift(stamps.last_token_ns, offset_ns)
 
+    def take_end(self, stamps: Stamps, offset_ns: int) -> None:
+        """Of a worker that resumed what another one began, only the last token's stamp is the request's."""
+        self.last_token_ns = _shift(stamps.last_token_ns, offset_ns)
+
     def freeze(self, ended_ns: int) -> tuple[Phases, int]:
         """(phases, unattributed nanoseconds): a partition of arrival to `ended_ns`.
 

@@ -35,9 +35,20 @@ class Upstream(Protocol):
     """A connected worker."""
 
     def submit(
-        self, sink: Sink, *, request_id: str, prompt: Prompt, sampling: Sampling, model: str, traceparent: str
+        self,
+        sink: Sink,
+        *,
+        request_id: str,
+        prompt: Prompt,
+        sampling: Sampling,
+        model: str,
+        traceparent: str,
+        token_ids: list[int] | None = None,
     ) -> int:
-        """Send a request; returns its slot, for `cancel`."""
+        """Send a request; returns its slot, for `cancel`.
+
+        `token_ids` are the output tokens that it has from another worker; the new ones are appended. None keeps none.
+        """
 
     def cancel(self, slot: int) -> None:
         """Ask the worker to stop; the sink still hears how it ended. Unknown slots are ignored: the end came first."""

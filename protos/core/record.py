@@ -67,6 +67,8 @@ class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
     started_ns: int
     ended_ns: int
     error: str | None = None
+    output_tokens: int = 0
+    """Tokens that came from it; where an attempt after the first has some, it went on from those before."""
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -218,11 +218,12 @@ class FakeUpstream:
         self.submitted: list[dict[str, Any]] = []
         self.cancelled: list[int] = []
         self._slots = 0
+        self._started: set[int] = set()
 
     def submit(self, sink: Any, **request: Any) -> int:
         self._slots += 1
         self.sinks[self._slots] = sink
-        self.submitted.append(request)
+        self.submitted.append({**request, "resumed": list(request["token_ids"] or ())})
         return self._slots
 
     def cancel(self, slot: int) -> None:
@@ -239,9 +240,13 @@ class FakeUpstream:
     def token(self, slot: int = 1, text: str = "word ", choice: int = 0) -> None:
         now_ns = LoopClock().mono_ns()
         sink = self.sinks[slot]
-        if not sink.has_output:
+        if slot not in self._started:
+            self._started.add(slot)
             sink.started(Started(slot, 7, 2, Stamps(now_ns - 4, now_ns - 3, now_ns - 2, now_ns, now_ns)), 0)
         sink.delta(text, 1, choice, None, now_ns)
+        token_ids = self.submitted[slot - 1]["token_ids"]
+        if token_ids is not None:
+            token_ids.append(len(token_ids) + 1)
 
     def finish(self, slot: int = 1, *reasons: str, output_tokens: int = 0) -> None:
         sink = self.sinks.pop(slot, None)
