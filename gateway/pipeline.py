@@ -299,31 +299,10 @@ class Pipeline:
     async def _queue(
         self, exchange: Exchange, call: Call, terms: Terms, avoid: tuple[str, ...]
     ) -> Placed | RequestError | Gone:
-        number, arrived_ns = exchange.number, exchange.timeline.arrived_ns
-        self._scheduler.enqueue(
-            Ticket(
-                request=number,
-                model=exchange.model,
-                tenant=exchange.tenant,
-                weight=terms.weight,
-                band=terms.band,
-                sequences=call.sampling.n,
-                input_tokens=call.prompt_tokens_estimate,
-                output_tokens=self._predict_output(exchange, call),
-                size_bytes=len(exchange.body),
-                arrived_ns=arrived_ns,
-                deadline_ns=arrived_ns + terms.first_token_ns,
-                is_sheddable=terms.is_sheddable,
-                forecast=None if avoid else exchange.forecast,
-                avoid=avoid,
-                blocks=_blocks(call, exchange.model),
-                prompt_bytes=len(call.prompt_bytes),
-                session=exchange.identity.session,
-            )
-        )
+        self._scheduler.enqueue(self._ticket(exchange, call, terms, avoid))
         self._place_waiting()
         self._arm_expiry()
-        if avoid and not self._scheduler.is_served(exchange.model):
+        if avoid and not exchange.has_output and not self._scheduler.is_served(exchange.model):
             exchange.signal(Unplaceable())
         event: Event | None = None
         try:
@@ -367,6 +346,9 @@ class Pipeline:
             forecast=None if avoid else exchange.forecast,
             avoid=avoid,
             is_paid=bool(avoid),
+            blocks=_blocks(call, exchange.model),
+            prompt_bytes=len(call.prompt_bytes),
+            session=exchange.identity.session,
         )
 
     def _place_waiting(self) -> None:
@@ -432,7 +414,7 @@ class Pipeline:
         exchange.begin_attempt(placed.worker, self._fleet.model_of(placed.worker), now_ns)
         exchange.on_started = functools.partial(self._note_start, exchange)
         exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
-        exchange.charged_tokens = self._scheduler.charged_tokens(exchange.number)
+        exchange.charged_tokens = exchange.carried_tokens + self._scheduler.charged_tokens(exchange.number)
         exchange.expected_cached_tokens = placed.cached_tokens
         slot = upstream.submit(
             exchange,

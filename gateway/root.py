@@ -79,7 +79,8 @@ async def _serve(
     capture: CaptureWriter | None,
     traces: TraceWriter | None,
 ) -> None:
-    stop = _stop_on_signal()
+    stop = asyncio.Event()
+    _on_signal(stop.set)
     token_s = settings.limits.token_s
     scheduler = Scheduler(None if token_s is None else int(token_s * 1e9))
     fleet = Fleet(settings.workers, gateway=settings.name, version=version, clock=SYSTEM_CLOCK, scheduler=scheduler)

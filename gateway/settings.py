@@ -26,8 +26,8 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     token_s: Seconds | None = None
     """Time per output token that running answers keep: while they are behind it, workers get no new prompts but those
     of the top band. None starts a prompt wherever there is a slot."""
-    attempts: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
-    """Most workers that one request is tried on; only before its first token."""
+    attempts: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
+    """Most workers that one request is tried on: before its first token, or to resume its answer."""
     drain_s: Seconds = 300.0
     """How long running streams may take to finish after SIGTERM."""
 
