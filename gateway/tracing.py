@@ -29,7 +29,7 @@ from gateway.identity import new_id
 from gateway.sampling import TailSampler
 from protos.core import telemetry
 from protos.core.clock import Clock
-from protos.core.record import Outcome, RequestRecord
+from protos.core.record import Attempt, Outcome, RequestRecord
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -125,9 +125,7 @@ class SpanBuilder:
         for name in _GATEWAY_PHASES:
             if name in starts:
                 spans.append(self._child(name, root, *starts[name]))
-        spans += self._failed_attempts(record, root, start_ns)
-        if record.attempts:
-            spans += self._last_attempt(record, root, starts, start_ns, end_ns)
+        spans += self._attempts(record, root, starts, start_ns, end_ns)
         if "deliver" in starts:
             spans.append(self._child("deliver", root, *starts["deliver"]))
         return spans
@@ -149,41 +147,57 @@ class SpanBuilder:
             instrumentation_scope=self._scope,
         )
 
-    def _failed_attempts(self, record: RequestRecord, root: ReadableSpan, start_ns: int) -> list[ReadableSpan]:
-        return [
-            self._child(
-                "attempt",
-                root,
-                start_ns + attempt.started_ns // _US * _US,
-                start_ns + attempt.ended_ns // _US * _US - _US,
-                kind=SpanKind.CLIENT,
-                attributes={"tidegate.worker": attempt.worker, "error.type": attempt.error or "unknown"},
-                status=Status(StatusCode.ERROR, attempt.error),
-            )
-            for attempt in record.attempts[:-1]
-        ]
-
-    def _last_attempt(
+    def _attempts(
         self, record: RequestRecord, root: ReadableSpan, starts: dict[str, tuple[int, int]], start_ns: int, end_ns: int
     ) -> list[ReadableSpan]:
-        begin_ns = start_ns + record.attempts[-1].started_ns // _US * _US
-        finish_ns = starts["deliver"][0] - _US if "deliver" in starts else end_ns - _US
-        attempt = self._child(
-            "attempt",
-            root,
-            begin_ns,
-            finish_ns,
-            kind=SpanKind.CLIENT,
-            attributes=_present(_generation_attributes(record)),
-            status=_status(record),
+        """Each attempt with the part of the engine's phases that fell into it: a resumed answer decodes in several."""
+        spans = []
+        for number, attempt in enumerate(record.attempts, 1):
+            begin_ns = start_ns + attempt.started_ns // _US * _US
+            if number < len(record.attempts):
+                finish_ns = start_ns + attempt.ended_ns // _US * _US - _US
+                span = self._failed_attempt(attempt, root, begin_ns, finish_ns)
+            else:
+                finish_ns = starts["deliver"][0] - _US if "deliver" in starts else end_ns - _US
+                attributes = _present(_generation_attributes(record))
+                span = self._child(
+                    "attempt",
+                    root,
+                    begin_ns,
+                    finish_ns,
+                    kind=SpanKind.CLIENT,
+                    attributes=attributes,
+                    status=_status(record),
+                )
+            spans += [span, *self._generation(record, attempt, span, starts)]
+        return spans
+
+    def _failed_attempt(self, attempt: Attempt, root: ReadableSpan, begin_ns: int, finish_ns: int) -> ReadableSpan:
+        attributes: dict[str, Any] = {"tidegate.worker": attempt.worker, "error.type": attempt.error or "unknown"}
+        if attempt.output_tokens:
+            attributes["tidegate.output_tokens"] = attempt.output_tokens
+        status = Status(StatusCode.ERROR, attempt.error)
+        return self._child(
+            "attempt", root, begin_ns, finish_ns, kind=SpanKind.CLIENT, attributes=attributes, status=status
         )
-        inside = {name: starts[name] for name in _ENGINE_PHASES if name in starts}
+
+    def _generation(
+        self, record: RequestRecord, attempt: Attempt, span: ReadableSpan, starts: dict[str, tuple[int, int]]
+    ) -> list[ReadableSpan]:
+        """What the worker of an attempt did, where its phases are known."""
+        assert span.start_time is not None
+        assert span.end_time is not None
+        inside = {
+            name: starts[name]
+            for name in _ENGINE_PHASES
+            if name in starts and starts[name][0] <= span.end_time and starts[name][1] >= span.start_time
+        }
         if not inside:
-            return [attempt]
-        engine = self._engine(record.attempts[-1].worker)
+            return []
+        engine = self._engine(attempt.worker)
         generate = self._child(
             "generate",
-            attempt,
+            span,
             min(start for start, _ in inside.values()),
             max(end for _, end in inside.values()),
             kind=SpanKind.SERVER,
@@ -191,9 +205,10 @@ class SpanBuilder:
             attributes={"tidegate.preemptions": record.preemptions, "tidegate.simulated": record.is_simulated},
         )
         phases = [
-            self._child(telemetry.ENGINE_SPANS[name], generate, *span, resource=engine) for name, span in inside.items()
+            self._child(telemetry.ENGINE_SPANS[name], generate, *phase, resource=engine)
+            for name, phase in inside.items()
         ]
-        return [attempt, generate, *phases]
+        return [generate, *phases]
 
     def _child(
         self,

@@ -206,6 +206,30 @@ def test_siblings_do_not_touch(values: list[int]) -> None:
             assert before.end_time < after.start_time, (before.name, after.name)  # type: ignore[operator]
 
 
+def test_resumed_answer_is_generated_by_each_of_its_workers() -> None:
+    """Prefill happened once, on the first; the answer was decoded on both, with a pause between them."""
+    phases = Phases(receive=1000, dispatch=1000, prefill=10_000, decode=80_000, deliver=2000)
+    attempts = (Attempt("w1", 1000, 40_000, "silent for 4 s", 12), Attempt("w2", 60_000, 94_000, None, 5))
+    spans = SpanBuilder("g", "0").build(record(phases=phases, total_ns=94_000, attempts=attempts))
+    tree = [(span.name, span.resource.attributes["service.instance.id"]) for span in spans]
+    assert tree == [
+        ("POST /v1/chat/completions", "g"),
+        ("receive", "g"),
+        ("attempt", "g"),
+        ("generate", "w1"),
+        ("prefill", "w1"),
+        ("decode", "w1"),
+        ("attempt", "g"),
+        ("generate", "w2"),
+        ("decode", "w2"),
+        ("deliver", "g"),
+    ]
+    first, second = [span for span in spans if span.name == "decode"]
+    assert first.end_time < second.start_time  # type: ignore[operator]
+    assert spans[2].attributes is not None
+    assert spans[2].attributes["tidegate.output_tokens"] == 12
+
+
 def test_collector_that_is_down_costs_nothing_but_traces() -> None:
     traces = writer("http://127.0.0.1:9", timeout=0.5)
     started = time.monotonic()
