@@ -9,7 +9,7 @@ term is what keeps a worker that has what everybody's prompt begins with from ge
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import msgspec
 
@@ -81,6 +81,9 @@ class Route(msgspec.Struct, frozen=True):
     """Of the prompt, by the index."""
     cached_tokens: int
     """Of the prompt, expected."""
+
+
+Choose = Callable[[Iterable[Worker], Ledger, Ticket, int], Route | None]
 
 
 def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: int) -> Route | None:

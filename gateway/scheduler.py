@@ -87,6 +87,8 @@ class Scheduler:
         self._token_target_ns = token_target_ns
         self.ledger = Ledger()
         self.counters = ServiceCounters()
+        self.choose: router.Choose = router.choose
+        """The policy; benchmarks compare others with it."""
         self._workers: dict[str, Worker] = {}
         self._queues: dict[str, FairQueue] = {}
         self._queued: dict[int, Ticket] = {}
@@ -218,7 +220,7 @@ class Scheduler:
                 for worker in self._workers.values()
                 if model in worker.model.names and worker.may_start(ticket.band, ticket.input_tokens)
             )
-            route = router.choose(serving, self.ledger, ticket, now_ns)
+            route = self.choose(serving, self.ledger, ticket, now_ns)
             if route is None:
                 continue
             turns.append(model)

@@ -93,6 +93,12 @@ def test_what_every_prompt_begins_with_does_not_gather_all_on_one_worker() -> No
     assert min(workers.values()) > 0.75 * max(workers.values())
 
 
+def test_another_worker_caches_what_every_prompt_begins_with_before_the_first_has_a_large_batch() -> None:
+    fleet = Fleet(4)
+    workers = [fleet.send(TEXT[:8_000] + TEXT[at : at + 400]) for at in range(10_000, 16_000, 400)]
+    assert workers.index("w1") <= 12
+
+
 def test_adapters_of_one_worker_do_not_share_a_cache() -> None:
     fleet = Fleet(0)
     fleet.join("w0", names=("m", "adapter"))

@@ -18,6 +18,7 @@ from gateway import admission
 from gateway.forecast import Forecast
 from gateway.lengths import OutputLengths
 from gateway.order import Ticket
+from gateway.prefixes import cut
 from gateway.scheduler import Scheduler
 from protos.core.contract import Load, ModelInfo
 
@@ -37,6 +38,11 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     patience_ns: int = 10**15
     """How long it may wait for its first token."""
     is_sheddable: bool = False
+    session: str | None = None
+    prompt: bytes = b""
+    """Its text, where that matters: what the gateway compares with the workers' caches."""
+    blocks: tuple[int, ...] = ()
+    """Content of the engine's KV blocks, of the prompt and as far as known of the answer; none are like no other's."""
 
 
 class Result(msgspec.Struct):
@@ -45,6 +51,8 @@ class Result(msgspec.Struct):
     dispatched_ns: int = 0
     first_token_ns: int = 0
     finished_ns: int = 0
+    cached_tokens: int = 0
+    expected_cached_tokens: int = 0
     forecast: Forecast | None = None
     is_expired: bool = False
     is_refused: bool = False
@@ -77,6 +85,8 @@ class Gateway:
         self.results: list[Result] = []
         self.after_event: Callable[[], None] = lambda: None
         """Called between events: the place to check an invariant."""
+        self.next_turn: Callable[[Result], Arrival | None] = lambda result: None
+        """Called when a request has finished: what its client sends next."""
         self._lengths = OutputLengths()
         self._wire_ns = wire_ns
         self._events: list[tuple[int, int, Callable[[], None]]] = []
@@ -91,14 +101,18 @@ class Gateway:
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> list[Result]:
         """Results in order of arrival; runs until everything is settled, or until `until_ns`."""
-        for number, arrival in enumerate(arrivals):
-            self.results.append(Result(arrival))
-            self._at(arrival.at_ns, lambda number=number: self._arrive(number))
+        for arrival in arrivals:
+            self._announce(arrival)
         while self._events and (until_ns is None or self._events[0][0] <= until_ns):
             self.now_ns, _, action = heapq.heappop(self._events)
             action()
             self.after_event()
         return self.results
+
+    def _announce(self, arrival: Arrival) -> None:
+        number = len(self.results)
+        self.results.append(Result(arrival))
+        self._at(arrival.at_ns, lambda: self._arrive(number))
 
     def _at(self, at_ns: int, action: Callable[[], None]) -> None:
         heapq.heappush(self._events, (at_ns, next(self._order), action))
@@ -122,6 +136,9 @@ class Gateway:
                 output_tokens=self._lengths.predict(arrival.tenant, None, 1),
                 arrived_ns=self.now_ns,
                 deadline_ns=deadline_ns,
+                session=arrival.session,
+                blocks=cut(arrival.prompt),
+                prompt_bytes=len(arrival.prompt),
                 is_sheddable=arrival.is_sheddable,
                 forecast=result.forecast,
             )
@@ -142,12 +159,17 @@ class Gateway:
             number = placement.ticket.request
             self.results[number].dispatched_ns = self.now_ns
             self.results[number].worker = placement.worker
+            self.results[number].expected_cached_tokens = placement.cached_tokens
             self._at(self.now_ns + self._wire_ns, lambda n=number, w=placement.worker: self._submit(n, w))
 
     def _submit(self, number: int, worker: str) -> None:
         arrival = self.results[number].arrival
         self._engines[worker].submit(
-            number, prompt_tokens=arrival.prompt_tokens, output_tokens=arrival.output_tokens, now_ns=self.now_ns
+            number,
+            prompt_tokens=arrival.prompt_tokens,
+            output_tokens=arrival.output_tokens,
+            block_hashes=arrival.blocks,
+            now_ns=self.now_ns,
         )
         if worker not in self._busy:
             self._step(worker)
@@ -164,8 +186,10 @@ class Gateway:
         for sequence in tokens:
             number = sequence.owner
             if sequence.generated == 1:
-                self.results[number].first_token_ns = self.now_ns + self._wire_ns
-                self.scheduler.started(number, self.now_ns + self._wire_ns)
+                result = self.results[number]
+                result.first_token_ns = self.now_ns + self._wire_ns
+                result.cached_tokens = sequence.cached_tokens
+                self.scheduler.started(number, result.first_token_ns, sequence.prompt_tokens, sequence.cached_tokens)
             if sequence.generated > self.scheduler.charged_tokens(number):
                 self.scheduler.overran(number, sequence.generated)
         for sequence in finished:
@@ -174,6 +198,8 @@ class Gateway:
             result.finished_ns = self.now_ns + self._wire_ns
             self.scheduler.release(number, sequence.generated)
             self._lengths.learn(result.arrival.tenant, sequence.generated, 1)
+            if follow_up := self.next_turn(result):
+                self._announce(follow_up)
         engine = self._engines[worker]
         load = Load(running=engine.running_count, waiting=engine.waiting_count)
         self.scheduler.worker_reported(worker, load, is_draining=False)
