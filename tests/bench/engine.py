@@ -26,7 +26,7 @@ import uvloop
 from tests.bench import report
 from tests.bench.client import Load, Request, chat_request
 from tests.bench.machine import facts, free_port
-from tests.bench.process import BenchError, Process, answers
+from tests.bench.process import BenchError, Process, answers, take_priority
 from tests.bench.proxies import Tidegate
 
 MODEL = "SmolLM2-135M-Instruct"
@@ -105,7 +105,8 @@ class VllmServer:
         command += ["--max-model-len", str(MAX_MODEL_LEN), "--max-num-seqs", str(MAX_NUM_SEQS)]
         command += ["--max-num-batched-tokens", str(MAX_NUM_BATCHED_TOKENS), "--disable-uvicorn-access-log"]
         command += ["--dtype", DTYPE, "--enforce-eager"]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB)}
+        # Left to itself, vLLM keeps a core free for its server, and two engines would bind to the same other one.
+        environment = {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": _list(cores)}
         self.process = Process(self.name, command, cores=cores, log=folder / "vllm.log", env=environment)
 
     def wait(self) -> None:
@@ -158,7 +159,7 @@ def measure_all(rounds: int, folder: Path) -> Results:
     stock = VllmServer(folder, model_path, cores)
     try:
         stock.wait()
-        ours = Tidegate(folder, model=MODEL, engine=_engine_toml(model_path), gateway_cores=cores, other_cores=cores)
+        ours = Tidegate(folder, model=MODEL, engine=_engine_toml(model_path, cores), gateway_cores=cores, other_cores=cores)
         try:
             results = _take_turns(ours, stock, rounds)
         finally:
@@ -169,7 +170,11 @@ def measure_all(rounds: int, folder: Path) -> Results:
     return results
 
 
-def _engine_toml(model_path: str) -> str:
+def _list(cores: Sequence[int]) -> str:
+    return ",".join(map(str, cores))
+
+
+def _engine_toml(model_path: str, cores: Sequence[int]) -> str:
     return f"""[engine]
 backend = "vllm"
 model = "{model_path}"
@@ -179,7 +184,8 @@ max_num_seqs = {MAX_NUM_SEQS}
 max_num_batched_tokens = {MAX_NUM_BATCHED_TOKENS}
 dtype = "{DTYPE}"
 enforce_eager = true
-cpu_kv_cache_gib = {KV_CACHE_GIB}
+kv_cache_gib = {KV_CACHE_GIB}
+cpu_cores = "{_list(cores)}"
 """
 
 
@@ -281,6 +287,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
     arguments = parser.parse_args()
+    take_priority(os.getpid())  # as the servers: the engines' threads would keep the client from its reads
     report.print_facts("engine", facts(PACKAGES))
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
         results = measure_all(arguments.rounds, Path(folder))

@@ -204,8 +204,12 @@ class Tidegate:
         command += ["--worker", f"127.0.0.1:{worker_port}", "--capture-dir", str(self._captures)]
         command += ["--otlp-endpoint", f"http://127.0.0.1:{otlp_port}", "--config", str(config)]
         gateway = self._parts.start(Process("gateway", command, cores=cores, log=self._folder / "gateway.log"))
-        gateway.wait_until(lambda: answers(f"http://127.0.0.1:{self.port}/ready"), timeout_s=300.0)
+        gateway.wait_until(self._is_ready, timeout_s=300.0)
         return gateway
+
+    def _is_ready(self) -> bool:
+        self.worker.check()  # without it nobody would say why the gateway never is
+        return answers(f"http://127.0.0.1:{self.port}/ready")
 
     def close(self) -> None:
         self._parts.close()
