@@ -63,14 +63,14 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     frequency_penalty: Penalty | None = None
     logit_bias: LogitBias | None = None
     stream: bool | None = None
-    stream_options: StreamOptions | None = None
+    stream_options: Annotated[StreamOptions, _rule("Only with `stream: true`.")] | None = None
     user: str | None = None
 
     priority: str | Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None
-    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)] | None = None
+    min_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1, description="At most `max_tokens`.")] | None = None
     ignore_eos: bool | None = None
     stop_token_ids: list[TokenId] | None = None
     include_stop_str_in_output: bool | None = None
@@ -83,7 +83,7 @@ class ChatBody(_SamplingFields, kw_only=True):
     messages: msgspec.Raw
     max_completion_tokens: Count | None = None
     logprobs: bool | None = None
-    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20)] | None = None
+    top_logprobs: Annotated[int, msgspec.Meta(ge=0, le=20, description="Needs `logprobs: true`.")] | None = None
     chat_template_kwargs: msgspec.Raw = msgspec.field(default_factory=msgspec.Raw)
     """Empty where absent; msgspec takes `Raw | None` for None."""
 

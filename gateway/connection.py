@@ -49,7 +49,8 @@ class Connection(HttpToolsProtocol):
         """What the client sends is not listened to any more."""
         self._unframed_bytes = 0
         """Read since the last part of a body: heads, trailers, chunk extensions."""
-        self._refusal: RequestError | None = None
+        self._unoffered = b""
+        """Head of a request that offered to change the protocol, as it is read once more."""
         self._awaited: Awaited | None = None
         self._timer: asyncio.TimerHandle | None = None
         self._reading: asyncio.TimerHandle | None = None
@@ -71,8 +72,10 @@ class Connection(HttpToolsProtocol):
         self._unframed_bytes += len(data)
         try:
             self._feed(data)
-        except httptools.HttpParserError:
-            self._refuse(self._refusal or InvalidRequest("not a valid HTTP/1.1 request", code="invalid_http"))
+        except httptools.HttpParserError as error:
+            raised = error.__context__  # by us, while it parsed
+            is_ours = isinstance(raised, RequestError)
+            self._refuse(raised if is_ours else InvalidRequest("not a valid HTTP/1.1 request", code="invalid_http"))
             return
         if self._unframed_bytes > HEAD_BYTES:
             self._refuse(_too_large())
@@ -84,7 +87,8 @@ class Connection(HttpToolsProtocol):
             try:
                 self.parser.feed_data(data)
             except httptools.HttpParserUpgrade as upgrade:
-                data = data[upgrade.args[0] :]  # an offer that is not taken: HTTP/1.1 goes on
+                data = self._unoffered + data[upgrade.args[0] :]
+                self._unoffered = b""
             else:
                 return
 
@@ -97,13 +101,14 @@ class Connection(HttpToolsProtocol):
             super().on_header(name, value)
 
     def on_headers_complete(self) -> None:
+        if self.parser.should_upgrade():
+            self._unoffered = self._without_offer()
+            return
         self._is_in_head = False
         if len(self.headers) > HEAD_FIELDS or (self._unframed_bytes > HEAD_BYTES and self._head_bytes() > HEAD_BYTES):
-            self._refusal = _too_large()
-        elif len(self.pipeline) >= PIPELINED_REQUESTS:
-            self._refusal = InvalidRequest("too many requests sent ahead", code="invalid_http")
-        if self._refusal is not None:
-            raise self._refusal  # the parser stops
+            raise _too_large()
+        if len(self.pipeline) >= PIPELINED_REQUESTS:
+            raise InvalidRequest("too many requests sent ahead", code="invalid_http")
         self._unframed_bytes = 0
         super().on_headers_complete()
 
@@ -112,9 +117,19 @@ class Connection(HttpToolsProtocol):
         super().on_body(body)
 
     def on_message_complete(self) -> None:
+        if self._unoffered:
+            return
         self._unframed_bytes = 0
         self.cycle.more_body = False
         super().on_message_complete()
+
+    def _without_offer(self) -> bytes:
+        """The head again, less its offer of another protocol: the parser would skip the body, as if we had taken it."""
+        if self.parser.get_method() == b"CONNECT":
+            raise InvalidRequest("CONNECT is for proxies", code="invalid_http")
+        head = [b"%b %b HTTP/%b" % (self.parser.get_method(), self.url, self.parser.get_http_version().encode())]
+        head += [b"%b: %b" % (name, value) for name, value in self.headers if name != b"upgrade"]
+        return b"\r\n".join([*head, b"", b""])
 
     def _head_bytes(self) -> int:
         return len(self.url) + sum(len(name) + len(value) for name, value in self.headers)

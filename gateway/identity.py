@@ -59,8 +59,8 @@ _WANTED = {
 
 
 def identify(headers: Iterable[tuple[bytes, bytes]]) -> Identity:
-    """Headers in ASGI's form. What is malformed counts as absent: tracing never refuses a request."""
-    found = {_WANTED[name]: value.decode("latin-1") for name, value in headers if name in _WANTED}
+    """Headers in ASGI's form. A malformed id counts as absent: tracing never refuses a request."""
+    found = _find(headers)
     match = _TRACEPARENT.fullmatch(found.get(telemetry.TRACEPARENT, ""))
     is_continued = match is not None and match[1] != _ZERO_TRACE and match[2] != _ZERO_SPAN
     return Identity(
@@ -72,7 +72,7 @@ def identify(headers: Iterable[tuple[bytes, bytes]]) -> Identity:
         replay_of=_traceparent(found.get(telemetry.REPLAY_OF)),
         session=_token(found.get(telemetry.SESSION)),
         wants_timing=found.get(telemetry.TIMING) == "1",
-        tenant=_token(found.get(telemetry.TENANT)),
+        tenant=found.get(telemetry.TENANT),
         priority=found.get(telemetry.PRIORITY),
         ttft_ms=found.get(telemetry.TTFT_MS),
         deadline_ms=found.get(telemetry.DEADLINE_MS),
@@ -81,12 +81,21 @@ def identify(headers: Iterable[tuple[bytes, bytes]]) -> Identity:
 
 def authorization(headers: Iterable[tuple[bytes, bytes]]) -> str | None:
     """The header that holds the API key. Not part of an Identity: what is kept there may be printed."""
-    return next((value.decode("latin-1") for name, value in headers if name == b"authorization"), None)
+    return ", ".join(value.decode("latin-1") for name, value in headers if name == b"authorization") or None
 
 
 def new_id(bits: int) -> str:
     """A random id in hex, never zero."""
     return f"{_random.getrandbits(bits) or 1:0{bits // 4}x}"
+
+
+def _find(headers: Iterable[tuple[bytes, bytes]]) -> dict[str, str]:
+    """The headers that are read. One that was sent twice is a list, as HTTP has it, and so none of its valid values."""
+    pairs = [(_WANTED[name], value.decode("latin-1")) for name, value in headers if name in _WANTED]
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        found = {name: ", ".join(value for other, value in pairs if other == name) for name in found}
+    return found
 
 
 def _token(value: str | None) -> str | None:

@@ -12,7 +12,7 @@ import msgspec
 from gateway import shapes
 from gateway.calls import LATE_FIELDS, ChatBody, CompletionBody, GenerateBody
 from gateway.settings import Limits
-from gateway.tenants import Band
+from gateway.tenants import NAME_PATTERN, Band
 from gateway.terms import MILLISECONDS
 from protos.core import telemetry
 from protos.core.errors import (
@@ -69,12 +69,13 @@ REASONS: dict[type[RequestError], tuple[str, ...]] = {
 """Values of `x-tidegate-reject-reason`."""
 
 TEXT: Json = {"type": "string"}
+NAME: Json = {"type": "string", "pattern": NAME_PATTERN}
 WHOLE_MILLISECONDS: Json = {"type": "string", "pattern": f"^{MILLISECONDS}$"}
 REQUEST_HEADERS: dict[str, tuple[str, Json]] = {
     telemetry.REQUEST_ID: ("Becomes the request's id.", TEXT),
     telemetry.TRACEPARENT: ("W3C trace context: the request's trace continues the caller's.", TEXT),
     telemetry.SESSION: ("The conversation that the request belongs to.", TEXT),
-    telemetry.TENANT: ("Whose request it is; with an API key it must be the key's tenant.", TEXT),
+    telemetry.TENANT: ("Whose request it is; with an API key it must be the key's tenant.", NAME),
     telemetry.PRIORITY: ("Band to wait in, no higher than the tenant's highest.", TEXT),
     telemetry.TTFT_MS: ("The request's own deadline for its first token.", WHOLE_MILLISECONDS),
     telemetry.DEADLINE_MS: ("The request's own deadline for its end.", WHOLE_MILLISECONDS),
@@ -176,17 +177,23 @@ def _operation(operation: Operation) -> Json:
 def _answer(operation: Operation, status: int, kind: Any) -> Json:
     content: Json = {operation.media_type: {"schema": TEXT if kind is None else _schema(kind)}}
     if operation.event is not None:
-        content[EVENTS] = {
-            "schema": {
-                **TEXT,
-                "description": "With `stream: true`. Each `data:` is an object, the last one is `[DONE]`.",
-                "x-event-schema": {"oneOf": [_schema(operation.event), _schema(shapes.Error)]},
-            }
-        }
+        content[EVENTS] = {"schema": _events(operation.event)}
     answer: Json = {"description": "As asked." if status < 400 else "Not now.", "content": content}
     if operation.refusals:
         answer["headers"] = _headers(ANSWER_HEADERS | WORKER_HEADER)
     return answer
+
+
+def _events(kind: Any) -> Json:
+    """Each event of a stream, as OpenAPI 3.2 describes them; 3.1 has no word for it."""
+    chunk = {"anyOf": [_schema(kind), _schema(shapes.Error)]}
+    data = {"anyOf": [{"const": "[DONE]"}, {**TEXT, "contentMediaType": JSON, "contentSchema": chunk}]}
+    return {
+        "description": "Server-sent events, with `stream: true`. The last one is `[DONE]`, or an error.",
+        "type": "object",
+        "required": ["data"],
+        "properties": {"data": data},
+    }
 
 
 def _refusals(operations: Sequence[Operation]) -> Json:

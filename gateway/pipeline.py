@@ -617,12 +617,8 @@ def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
     match end:
         case Finished() | Gone():
             return end
-        case Overdue() if exchange.has_output:
-            return DeadlineExceeded(f"not finished within {terms.total_ns / 1e9:g} s", reason="deadline")
         case Overdue():
-            return DeadlineExceeded(
-                f"no token within {terms.first_token_ns / 1e9:g} s; retry later", reason="deadline", retry_after_s=1.0
-            )
+            return _overdue(terms, has_output=exchange.has_output)
         case Failed():
             return _failure(end)
         case Lost():
@@ -631,6 +627,15 @@ def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
             return admission.draining()
         case _:
             raise AssertionError(f"{end} ends no attempt")
+
+
+def _overdue(terms: Terms, *, has_output: bool) -> RequestError:
+    """504 is for the gateway's own limits; a shorter deadline is the client's own limit, and hitting it a 429."""
+    if has_output:
+        kind = Overloaded if terms.is_total_own else DeadlineExceeded
+        return kind(f"not finished within {terms.total_ns / 1e9:g} s", reason="deadline")
+    kind = Overloaded if terms.is_first_token_own else DeadlineExceeded
+    return kind(f"no token within {terms.first_token_ns / 1e9:g} s; retry later", reason="deadline", retry_after_s=1.0)
 
 
 def _lost() -> RequestError:
@@ -689,6 +694,4 @@ def _error_headers(error: RequestError) -> Headers:
         headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s))))
     if error.reason is not None:
         headers.append((b"x-tidegate-reject-reason", error.reason.encode()))
-    if isinstance(error, TooLarge | BodyTimeout):
-        headers.append((b"connection", b"close"))  # the rest of the body is not wanted
     return headers

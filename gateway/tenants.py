@@ -7,12 +7,14 @@ hash cannot be guessed back, and looking one up by its hash tells a stranger not
 from __future__ import annotations
 
 import hashlib
+import re
 import secrets
 from collections.abc import Iterable, Mapping
 from typing import Annotated
 
 import msgspec
 
+from protos.core import telemetry
 from protos.core.errors import ConfigError, Forbidden, InvalidRequest, RequestError, Unauthenticated
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -20,6 +22,7 @@ ANONYMOUS = "anonymous"
 KEY_PREFIX = "tg-"
 HASH_PREFIX = "sha256:"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
+_is_name = re.compile(NAME_PATTERN).fullmatch
 TenantName = Annotated[str, msgspec.Meta(pattern=NAME_PATTERN)]
 KeyHash = Annotated[str, msgspec.Meta(pattern=r"^sha256:[0-9a-f]{64}$")]
 
@@ -100,7 +103,7 @@ class TenantTable:
         Where no keys are configured, everybody is who the tenant header says; with keys, that header must be the truth.
         """
         if not self.has_keys:
-            return claimed or ANONYMOUS
+            return self._trust(claimed)
         scheme, _, key = (authorization or "").partition(" ")
         if scheme.lower() != "bearer" or not key.strip():
             return Unauthenticated("an API key is required: send 'Authorization: Bearer KEY'")
@@ -110,6 +113,13 @@ class TenantTable:
         if claimed is not None and claimed != name:
             return Forbidden(f"x-tidegate-tenant: the API key is not of tenant '{claimed}'")
         return name
+
+    def _trust(self, claimed: str | None) -> str | RequestError:
+        if claimed is None:
+            return ANONYMOUS
+        if not _is_name(claimed):
+            return InvalidRequest(f"{telemetry.TENANT}: must match {NAME_PATTERN}", param=telemetry.TENANT)
+        return claimed
 
     def band_number(self, tenant: Tenant, asked: str | int | None) -> int | RequestError:
         """Which band a request waits in: what it asks for, clamped to the tenant's ceiling. 0 is the top."""

@@ -27,6 +27,9 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     is_sheddable: bool
     first_token_ns: int
     total_ns: int
+    is_first_token_own: bool = False
+    """The client asked for a shorter one than the gateway's."""
+    is_total_own: bool = False
     may_resume: bool = False
 
 
@@ -42,13 +45,16 @@ def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, li
     total_ns = _milliseconds(telemetry.DEADLINE_MS, identity.deadline_ms, limits.total_s)
     if isinstance(total_ns, RequestError):
         return total_ns
+    first_token_ns = min(first_token_ns, total_ns)
     return Terms(
         band=band,
         band_name=table.bands[band].name,
         weight=tenant.weight,
         is_sheddable=table.bands[band].is_sheddable,
-        first_token_ns=min(first_token_ns, total_ns),
+        first_token_ns=first_token_ns,
         total_ns=total_ns,
+        is_first_token_own=first_token_ns < int(limits.first_token_s * 1e9),
+        is_total_own=total_ns < int(limits.total_s * 1e9),
         may_resume=tenant.resume,
     )
 

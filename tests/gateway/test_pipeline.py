@@ -507,7 +507,6 @@ async def test_body_that_stops_coming_is_408() -> None:
         await asyncio.sleep(31)
         await client.task
         assert client.status == 408
-        assert client.headers["connection"] == "close"
     assert g.record.outcome is Outcome.TIMED_OUT
 
 
@@ -591,7 +590,6 @@ async def test_too_large_body_is_refused_while_it_comes() -> None:
             client.send_body(b"x" * 60, more_body=True)
         await client.task
         assert client.status == 413
-        assert client.headers["connection"] == "close"
 
 
 @in_virtual_time
