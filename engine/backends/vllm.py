@@ -16,15 +16,16 @@ import logging
 import os
 import platform
 import re
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
 import msgspec
-import psutil
 
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
 from engine.backends.vllm_plugin import WORKER_PID
+from engine.backends.vllm_processes import EngineProcesses
 from engine.backends.vllm_resume import Continuation
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
@@ -112,6 +113,7 @@ class VllmBackend:
         self._engine: Any = None
         self._loading: asyncio.Future[Any] | None = None
         self._recorder = LoadRecorder()
+        self._processes = EngineProcesses()
         self._requests: set[_Request] = set()
         self._tasks = asyncio.TaskGroup()
         self._numbers = itertools.count()
@@ -145,18 +147,42 @@ class VllmBackend:
         return self._recorder.load(sequences, self._engine.get_num_queued_tokens())
 
     async def run(self) -> str:
+        why = "process is gone; see its messages above"
+        stall = Stall()
         async with self._tasks:
-            while not self._engine.errored:  # noqa: ASYNC110 vLLM has no event for it
+            while not self._engine.errored:  # vLLM has no event for it
                 await asyncio.sleep(LIVENESS_S)
+                if wrong := stall.observe(self._look()):
+                    why = wrong
+                    self._processes.kill()  # vLLM notices that
             for request in self._requests:
                 request.fail(FailureKind.UNAVAILABLE, "the engine died")
-        return "vLLM's engine process is gone; see its messages above"
+        return f"vLLM's engine {why}"
+
+    def _look(self) -> Look:
+        has_requests = any(not request.is_over for request in self._requests)
+        is_suspended, cpu_s = self._processes.look() if has_requests else (False, 0.0)
+        return Look(
+            now_ns=time.monotonic_ns(),
+            stepped_ns=self._recorder.stepped_ns,
+            has_requests=has_requests,
+            is_suspended=is_suspended,
+            cpu_s=cpu_s,
+        )
 
     async def stop(self) -> None:
         if self._engine is not None:
             await asyncio.to_thread(self._engine.shutdown)
         elif self._loading is not None:
-            await _stop_loading(self._loading)
+            await self._stop_loading(self._loading)
+
+    async def _stop_loading(self, loading: asyncio.Future[Any]) -> None:
+        """A thread cannot be stopped, but loading ends soon without the processes that it starts."""
+        while not loading.done():
+            self._processes.kill()
+            await asyncio.wait([loading], timeout=LIVENESS_S)
+        with contextlib.suppress(Exception):
+            loading.result().shutdown()
 
     # ---------------------------------------------------------------- one request
 
@@ -290,17 +316,6 @@ def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:
         )
     except RuntimeError as error:
         raise ConfigError(f"vLLM's engine did not start: {_one_line(error)} (--verbose shows its messages)") from error
-
-
-async def _stop_loading(loading: asyncio.Future[Any]) -> None:
-    """A thread cannot be stopped, but loading ends soon without the processes that it starts."""
-    while not loading.done():
-        for child in psutil.Process().children(recursive=True):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                child.kill()
-        await asyncio.wait([loading], timeout=LIVENESS_S)
-    with contextlib.suppress(Exception):
-        loading.result().shutdown()
 
 
 def _set_environment(settings: EngineSettings) -> None:

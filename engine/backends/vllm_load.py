@@ -20,7 +20,8 @@ class LoadRecorder:
         self._prefix_queries = 0
         self._prefix_hits = 0
         self._step_ns = 0
-        self._recorded_ns = 0
+        self.stepped_ns = 0
+        """End of the last step."""
 
     def record(self, scheduler: Any, iteration: Any, now_ns: int) -> None:
         """Take one step's statistics; either may be None."""
@@ -29,8 +30,8 @@ class LoadRecorder:
         if scheduler is None:
             return
         if self._running:
-            self._step_ns = now_ns - self._recorded_ns
-        self._recorded_ns = now_ns
+            self._step_ns = now_ns - self.stepped_ns
+        self.stepped_ns = now_ns
         self._running = scheduler.num_running_reqs
         self._waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs
         self._kv_usage = scheduler.kv_cache_usage

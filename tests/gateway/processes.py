@@ -66,13 +66,13 @@ class Process:
 
 
 class WorkerProcess(Process):
-    """A simulated engine with steps of `step_ms`."""
+    """A simulated engine with steps of `step_ms`, on any free port or, after another one, on the same."""
 
-    def __init__(self, folder: Path, model: str, step_ms: float) -> None:
+    def __init__(self, folder: Path, model: str, step_ms: float, port: int = 0) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "engine.toml"
         config.write_text(f"[engine.sim]\nstep_ms = {step_ms}\n")
-        flags = {"--backend": "sim", "--profile": "instant", "--served-model-name": model, "--port": "0"}
+        flags = {"--backend": "sim", "--profile": "instant", "--served-model-name": model, "--port": str(port)}
         arguments = [item for pair in flags.items() for item in pair]
         super().__init__(folder, "engine", "--config", str(config), *arguments, ready=r"127\.0\.0\.1:(\d+)")
 

@@ -75,9 +75,15 @@ async def connected(address: str) -> AsyncIterator[tuple[WorkerSession, FakeList
             await task
 
 
-def submit(session: WorkerSession, sink: FakeSink, text: str = "hi") -> int:
+def submit(session: WorkerSession, sink: FakeSink, text: str = "hi", token_ids: list[int] | None = None) -> int:
     return session.submit(
-        sink, request_id="r", prompt=TextPrompt(text), sampling=Sampling(), model="tide-1", traceparent=""
+        sink,
+        request_id="r",
+        prompt=TextPrompt(text),
+        sampling=Sampling(),
+        model="tide-1",
+        traceparent="",
+        token_ids=token_ids,
     )
 
 
@@ -109,6 +115,35 @@ async def test_many_requests_share_one_session() -> None:
         assert all(sink.ends == ["finished"] for sink in sinks)
         assert session.open_slots == 0
         assert len(worker.sessions) == 1
+
+
+async def test_token_ids_are_kept_where_they_are_asked_for() -> None:
+    """Of rows with several tokens too, and between rows of others; what is resumed goes out with its own."""
+
+    async def say_rows(session: ScriptedSession, it: Submit) -> None:
+        if it.slot == 1:
+            return
+        first, second = 1, it.slot
+        await session.start(first)
+        await session.start(second)
+        await session.say(
+            deltas=Deltas(
+                slots=[first, second, first], texts=["a", "b", "c"], token_counts=[2, 1, 1], token_ids=[1, 2, 8, 3]
+            )
+        )
+        await session.finish(first)
+        await session.finish(second)
+
+    async with scripted_worker(say_rows) as worker, connected(worker.address) as (session, listener, _):
+        await listener.until("ready")
+        kept, plain = FakeSink(), FakeSink()
+        token_ids = [7]
+        submit(session, kept, token_ids=token_ids)
+        submit(session, plain)
+        await asyncio.wait_for(plain.ended.wait(), 10)
+        assert token_ids == [7, 1, 2, 3]
+        assert [it.resumed_token_ids for it in worker.sessions[0].submits] == [(7,), ()]
+        assert session._token_ids == {}
 
 
 async def test_session_is_ready_only_when_the_clock_offset_is_known() -> None:
