@@ -30,6 +30,7 @@ from engine.backends.vllm_resume import Continuation
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
+from engine.stall import Look, Stall
 from protos.core.contract import (
     ChatPrompt,
     FailureKind,
