@@ -33,6 +33,7 @@ class Servicer:
         self._model: ModelInfo | None = None
         self._sessions: set[Session] = set()
         self._is_draining = False
+        self._is_closed = False
 
     @property
     def open_slots(self) -> int:
@@ -47,6 +48,10 @@ class Servicer:
         self._is_draining = True
         for session in self._sessions:
             session.drain()
+
+    def close(self) -> None:
+        """Refuse further sessions: gRPC waits for them, however late they come, before it stops."""
+        self._is_closed = True
 
     def beat(self, host: Host) -> None:
         """Let every session say something; call it about once a second."""
@@ -83,6 +88,8 @@ class Servicer:
     async def _session(self, frames: AsyncIterator[GatewayFrame], context: Context) -> None:
         if self._model is None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._worker} is loading its model")
+        if self._is_closed:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, f"{self._worker} is stopping")
         hello = await self._read_hello(frames, context)
         await context.write(EngineFrame(welcome=self._welcome(self._model), sent_ns=time.monotonic_ns()))
         _log.info("session with %s %s from %s", hello.gateway, hello.version, context.peer())

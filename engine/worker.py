@@ -25,6 +25,7 @@ _log = logging.getLogger("tidegate.engine")
 
 BEAT_S = 1.0
 FLUSH_S = 2.0
+GRACE_S = 1.0
 SERVER_OPTIONS = (
     *wire.CHANNEL_OPTIONS,
     # Without this two workers could share a port, each getting some of the sessions.
@@ -96,7 +97,9 @@ class Worker:
 
     async def close(self) -> None:
         """Release port and engine; what still runs is aborted."""
-        await self._server.stop(grace=1.0)
+        self._servicer.close()
+        stopping = asyncio.ensure_future(self._server.stop(GRACE_S))
+        await asyncio.wait([stopping], timeout=GRACE_S + FLUSH_S)
         await self._backend.stop()
 
     async def _drain(self, death: asyncio.Task[str]) -> None:

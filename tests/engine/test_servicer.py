@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 
 import grpc
@@ -115,6 +116,25 @@ async def test_stopped_worker_finishes_its_streams_in_all_sessions_and_exits_wit
         await answer.done.wait()
         assert answer.finished is not None
         assert answer.finished.output_tokens == 1000
+
+
+async def test_worker_stops_while_gateways_keep_coming_back(worker: Running) -> None:
+    async def come_back() -> None:
+        while True:
+            with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                async with open_call(worker.address) as call:
+                    await call.write(HELLO)
+                    async for _ in call:
+                        pass
+
+    async with asyncio.TaskGroup() as gateways:
+        returning = [gateways.create_task(come_back()) for _ in range(4)]
+        async with connect(worker.address) as peer:
+            await peer.submit(submit(1, max_tokens=10_000, ignore_eos=True))
+            async with asyncio.timeout(5):
+                await worker.worker.close()
+        for gateway in returning:
+            gateway.cancel()
 
 
 async def test_health_says_serving_once_the_model_is_loaded(worker: Running) -> None:
