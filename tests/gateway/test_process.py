@@ -354,6 +354,28 @@ def test_sigterm_finishes_streams_and_refuses_new_requests(own: GatewayProcess) 
     assert sorted(outcomes) == [Outcome.FINISHED, Outcome.REJECTED]
 
 
+def test_second_sigterm_ends_the_drain_and_tells_everybody(own: GatewayProcess) -> None:
+    """A stream, an answer that is not one, and a request whose body has not come: each gets a whole HTTP answer."""
+    stream = own.raw(http_request(CHAT, chat(SLOW, stream=True, max_tokens=500), "Connection: close"))
+    started = read_until(stream, b'"content":"')
+    unary = own.raw(http_request(CHAT, chat(SLOW, max_tokens=500), "Connection: close"))
+    sending = own.raw(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{")
+    wait_for(lambda: own.state()["active"] == 3, "all are under way")
+    own.process.send_signal(signal.SIGTERM)
+    wait_for(lambda: "draining" in own.output, "it drains")
+    own.process.send_signal(signal.SIGTERM)
+    *events, rest = dechunk((started + read_to_end(stream)).partition(b"\r\n\r\n")[2]).split(b"\n\n")
+    assert rest == b""
+    assert "shutting down" in json.loads(events[-1].removeprefix(b"data: "))["error"]["message"]
+    for connection in (unary, sending):
+        answer = read_to_end(connection)
+        assert answer.startswith(b"HTTP/1.1 503 ")
+        assert b"x-tidegate-reject-reason: draining" in answer
+    assert own.process.wait(20) == 0
+    assert "Traceback" not in own.output
+    assert "Cancelled" not in own.output
+
+
 def test_full_disk_does_not_stop_traffic_and_drops_are_counted(own: GatewayProcess) -> None:
     for _ in range(5):
         assert own.request("POST", CHAT, chat())[0] == 200
