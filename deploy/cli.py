@@ -15,7 +15,7 @@ import typer
 from deploy.demo import demo
 from deploy.lifecycle import EXIT_MISCONFIGURED
 from deploy.up import up
-from engine.cli import engine, model_app
+from engine.cli import engine_app, model_app
 from gateway.cli import gateway, key_app
 from protos.core.errors import TidegateError
 from replay.cli import capture_app, replay_app, workload_app
@@ -32,7 +32,7 @@ app = typer.Typer(
 app.command()(up)
 app.command()(demo)
 app.command()(gateway)
-app.command()(engine)
+app.add_typer(engine_app, name="engine")
 app.add_typer(model_app, name="model")
 app.add_typer(key_app, name="key")
 app.add_typer(capture_app, name="capture")

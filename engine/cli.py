@@ -7,9 +7,11 @@ import importlib.util
 import logging
 import os
 import sys
+import tempfile
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
+import msgspec
 import typer
 
 from engine import profile as profiles
@@ -20,10 +22,16 @@ from engine.settings import DEFAULT_MODEL, EngineSettings
 from protos.core import settings as settings_loader
 from protos.core.errors import ConfigError
 
+if TYPE_CHECKING:
+    from engine.calibrate import Sample
+
+engine_app = typer.Typer(invoke_without_command=True)
 model_app = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 
 
+@engine_app.callback()
 def engine(
+    context: typer.Context,
     config: Annotated[Path | None, typer.Option(help="Settings file (TOML), section [engine].")] = None,
     profile: Annotated[str | None, typer.Option(help="Ready-made settings: a file of engine/profiles.")] = None,
     backend: Annotated[str | None, typer.Option(help="vllm, or sim for a simulated engine.")] = None,
@@ -35,9 +43,12 @@ def engine(
     max_model_len: Annotated[int | None, typer.Option(help="Context length in tokens.")] = None,
     max_num_seqs: Annotated[int | None, typer.Option(help="Most sequences that run at once.")] = None,
     tensor_parallel_size: Annotated[int | None, typer.Option(help="GPUs that share the model.")] = None,
+    step_log: Annotated[Path | None, typer.Option(help="Write each step to this file, for calibrate.")] = None,
     verbose: Annotated[bool | None, typer.Option("--verbose", help="Log what the engine says.")] = None,
 ) -> None:
     """Run a worker: one engine behind gRPC, for a gateway."""
+    if context.invoked_subcommand is not None:
+        return
     flags = {
         "backend": backend,
         "model": model,
@@ -49,16 +60,96 @@ def engine(
         "max_model_len": max_model_len,
         "max_num_seqs": max_num_seqs,
         "tensor_parallel_size": tensor_parallel_size,
+        "step_log": str(step_log) if step_log is not None else None,
         "is_verbose": verbose,
     }
     settings = load_settings(config, dict(os.environ), flags)
+    _configure_logging(settings)
+    raise typer.Exit(_run(settings))
+
+
+@engine_app.command()
+def calibrate(
+    log: Annotated[Path | None, typer.Argument(help="Step log to fit to; with --run, where to write one.")] = None,
+    held_out: Annotated[
+        str, typer.Option(help="What to check with: another step log, or the share of LOG's time at its end.")
+    ] = "0.3",
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", help="Write a profile for the simulated engine.")
+    ] = None,
+    run: Annotated[bool, typer.Option("--run", help="Start an engine here and drive it, to write the log.")] = False,
+    seconds: Annotated[float, typer.Option(help="How long --run drives it.")] = 240.0,
+    seed: Annotated[int, typer.Option(help="Of the lengths and arrivals of --run.")] = 1,
+    config: Annotated[Path | None, typer.Option(help="Settings of the engine of --run.")] = None,
+    profile: Annotated[str | None, typer.Option(help="Ready-made settings for --run.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Engine of --run: vllm, or sim.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model of --run.")] = None,
+) -> None:
+    """Fit a simulated engine to the step log of a real one, and say how far off it is."""
+    from engine import calibrate as calibration
+    from engine import step_log
+
+    if run:
+        flags = {"backend": backend, "model": model, "profile": profile}
+        sample = _run_calibration(load_settings(config, dict(os.environ), flags), log, seconds, seed)
+    elif log is None:
+        raise ConfigError("give a step log (tidegate engine --step-log FILE writes one), or --run")
+    elif (share := _share(held_out)) is not None:
+        sample = calibration.split(step_log.read(log), share)
+    else:
+        sample = calibration.join(step_log.read(log), step_log.read(Path(held_out)))
+    result = calibration.calibrate(sample)
+    typer.echo("\n".join(calibration.report(result)))
+    if output is not None:
+        write_profile(output, calibration.profile(result))
+
+
+def write_profile(path: Path, text: str) -> None:
+    """Raises ConfigError."""
+    try:
+        path.write_text(text)
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+
+
+def _share(text: str) -> float | None:
+    """A share of the time, or None for a path. Raises ConfigError."""
+    try:
+        share = float(text)
+    except ValueError:
+        return None
+    if not 0 < share < 1:
+        raise ConfigError(f"--held-out {text}: a share of the log's time lies between 0 and 1")
+    return share
+
+
+def _run_calibration(settings: EngineSettings, log: Path | None, seconds: float, seed: int) -> Sample:
+    """Drive an engine in this process; the second part of the workload is held out."""
+    import uvloop
+
+    from engine import calibrate as calibration
+    from engine import calibrate_run, step_log
+
+    _configure_logging(settings)
+    with tempfile.TemporaryDirectory() as folder:
+        path = log or Path(folder) / "steps.jsonl"
+        settings = msgspec.structs.replace(settings, step_log=str(path))
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            held_out_ns = runner.run(calibrate_run.run(_make_backend(settings), seconds, seed, _progress))
+        return calibration.split_at(step_log.read(path), held_out_ns)
+
+
+def _progress(text: str) -> None:
+    typer.echo(text, err=True)
+
+
+def _configure_logging(settings: EngineSettings) -> None:
     logging.basicConfig(
         level=logging.INFO if settings.is_verbose else logging.WARNING,
         format="%(asctime)s %(message)s",
         datefmt="%H:%M:%S",
         stream=sys.stderr,
     )
-    raise typer.Exit(_run(settings))
 
 
 def load_settings(config: Path | None, environ: dict[str, str], flags: dict[str, Any]) -> EngineSettings:

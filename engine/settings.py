@@ -27,6 +27,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     drain_s: float = 60.0
     """After SIGTERM running requests get this long to finish."""
     is_verbose: bool = False
+    step_log: str = ""
+    """File to which the engine's steps and requests are written, for `tidegate engine calibrate`."""
 
     max_model_len: int | None = None
     max_num_seqs: int | None = None

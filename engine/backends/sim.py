@@ -6,13 +6,16 @@ import asyncio
 import logging
 import time
 from functools import partial
+from pathlib import Path
 
+from engine import step_log
 from engine.backend import Cancel, Sink
 from engine.failure import context_exceeded, failed, output_limit
 from engine.settings import EngineSettings
 from engine.sim.prompt import TOKEN_BYTES, hash_blocks, pack_ids, read_tokens
 from engine.sim.simulator import Limits, Sequence, Simulator, Step
 from engine.sim.text import Script, fake_logprob, write_script
+from engine.step_log import EngineFacts, LoggedRequest, LoggedStep, StepLogWriter
 from protos.core.contract import (
     FailureKind,
     Finished,
@@ -77,6 +80,7 @@ class SimBackend:
         )
         self._simulator: Simulator[_Choice] = Simulator(self._parameters, self._limits)
         self._arrived = asyncio.Event()
+        self._step_log: StepLogWriter | None = None
 
     async def start(self) -> ModelInfo:
         cache_tokens = self._parameters.kv_blocks * self._parameters.kv_block_tokens
@@ -85,6 +89,8 @@ class SimBackend:
                 f"engine.sim.kv_blocks: a KV cache of {cache_tokens} tokens cannot hold one context of "
                 f"{self._context_tokens}; raise kv_blocks or lower max_model_len"
             )
+        if self._settings.step_log:
+            self._step_log = self._open_step_log(Path(self._settings.step_log))
         _log.warning("SIMULATED engine: the text is made up, the times follow a formula")
         return self._model_info()
 
@@ -137,7 +143,8 @@ class SimBackend:
         )
 
     async def stop(self) -> None:
-        """Nothing to release."""
+        if self._step_log is not None:
+            self._step_log.close()
 
     # ---------------------------------------------------------------- steps
 
@@ -155,6 +162,7 @@ class SimBackend:
             behind_ns = time.monotonic_ns() - deadline_ns
             await asyncio.sleep(max(0, -behind_ns) / 1e9)
             self._tell(step)
+            self._log_step(step)
             if behind_ns > MAX_LAG_NS:
                 _log.warning("the simulated engine is %.1f s behind its schedule and starts a new one", behind_ns / 1e9)
                 deadline_ns = time.monotonic_ns()
@@ -189,9 +197,55 @@ class SimBackend:
     def _cancel(self, request: _Request) -> None:
         if request.open_choices:
             for sequence in request.choices:
-                self._simulator.cancel(sequence)
+                if self._simulator.cancel(sequence):
+                    self._log_request(sequence, time.monotonic_ns(), is_cancelled=True)
             request.open_choices = 0
             request.sink.finished(_finished(request))
+
+    # ---------------------------------------------------------------- step log
+
+    def _open_step_log(self, path: Path) -> StepLogWriter:
+        step_log.create(path)
+        log = StepLogWriter(path)
+        model = self._model_info()
+        log.write(
+            EngineFacts(
+                backend=model.backend,
+                model=model.names[0],
+                context_tokens=model.context_tokens,
+                max_sequences=model.max_sequences,
+                max_batch_tokens=model.max_batch_tokens,
+                kv_blocks=model.kv_blocks,
+                kv_block_tokens=model.kv_block_tokens,
+            )
+        )
+        return log
+
+    def _log_step(self, step: Step[_Choice]) -> None:
+        if self._step_log is not None:
+            duration_ns = self._simulator.step_ns
+            start_ns = step.ended_ns - duration_ns
+            self._step_log.write(LoggedStep(start_ns=start_ns, duration_ns=duration_ns, work=step.work))
+            for sequence in step.finished:
+                self._log_request(sequence, sequence.last_token_ns, is_cancelled=False)
+
+    def _log_request(self, sequence: Sequence[_Choice], ended_ns: int, *, is_cancelled: bool) -> None:
+        if self._step_log is not None:
+            self._step_log.write(
+                LoggedRequest(
+                    arrived_ns=sequence.queued_ns,
+                    scheduled_ns=_earliest(sequence.queued_ns, [sequence.scheduled_ns]),
+                    first_token_ns=_earliest(sequence.queued_ns, [sequence.first_token_ns]),
+                    ended_ns=max(sequence.queued_ns, ended_ns),
+                    prompt_tokens=sequence.prompt_tokens,
+                    output_tokens=sequence.generated,
+                    cached_tokens=sequence.cached_tokens,
+                    preemptions=sequence.preemptions,
+                    priority=sequence.rank[0],
+                    is_cancelled=is_cancelled,
+                    blocks=list(sequence.block_hashes),
+                )
+            )
 
     # ---------------------------------------------------------------- facts
 
@@ -253,19 +307,27 @@ def _reason(sequence: Sequence[_Choice]) -> str:
 
 
 def _stamps(request: _Request) -> Stamps:
-    """The first of the choices' stamps, and their last token."""
+    """The first of the choices' stamps, and their last token.
+
+    The steps are on their schedule, which is behind the clock where this process is: one may have begun, by the
+    schedule, before the request came that runs in it.
+    """
     choices = request.choices
+    queued_ns = choices[0].queued_ns
+    scheduled_ns = _earliest(queued_ns, [choice.scheduled_ns for choice in choices])
+    first_token_ns = _earliest(scheduled_ns, [choice.first_token_ns for choice in choices])
     return Stamps(
         received_ns=request.received_ns,
-        queued_ns=choices[0].queued_ns,
-        scheduled_ns=_earliest(choices, "scheduled_ns"),
-        first_token_ns=_earliest(choices, "first_token_ns"),
-        last_token_ns=max(choice.last_token_ns for choice in choices),
+        queued_ns=queued_ns,
+        scheduled_ns=scheduled_ns,
+        first_token_ns=first_token_ns,
+        last_token_ns=max(first_token_ns, *(choice.last_token_ns for choice in choices)),
     )
 
 
-def _earliest(choices: list[Sequence[_Choice]], stamp: str) -> int:
-    return min((value for choice in choices if (value := getattr(choice, stamp))), default=0)
+def _earliest(not_before_ns: int, stamps: list[int]) -> int:
+    """The earliest stamp of what happened; 0 where nothing did."""
+    return max(not_before_ns, happened[0]) if (happened := sorted(filter(None, stamps))) else 0
 
 
 def _nothing() -> None:

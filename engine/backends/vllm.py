@@ -18,10 +18,12 @@ import platform
 import re
 import time
 from collections.abc import AsyncGenerator
+from pathlib import Path
 from typing import Any
 
 import msgspec
 
+from engine import step_log
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
 from engine.backends.vllm_plugin import WORKER_PID
@@ -31,6 +33,7 @@ from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
 from engine.stall import Look, Stall
+from engine.step_log import STEP_LOG
 from protos.core.contract import (
     ChatPrompt,
     FailureKind,
@@ -305,7 +308,18 @@ class VllmBackend:
             config = AsyncEngineArgs(**arguments).create_engine_config()
         except (ValidationError, ValueError, OSError, NotImplementedError) as error:
             raise ConfigError(f"vLLM cannot serve {self._source}: {_one_line(error)}") from None
+        if self._settings.step_log:
+            _log_steps(config, Path(self._settings.step_log))
         return _start_engine(AsyncLLM, config, self._recorder)
+
+
+def _log_steps(config: Any, path: Path) -> None:
+    step_log.create(path)
+    os.environ[STEP_LOG] = str(path.absolute())
+    is_async = config.scheduler_config.async_scheduling
+    config.scheduler_config.scheduler_cls = (
+        f"engine.backends.vllm_step_log.{'LoggedAsyncScheduler' if is_async else 'LoggedScheduler'}"
+    )
 
 
 def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:

@@ -5,11 +5,24 @@ from __future__ import annotations
 import msgspec
 
 
+class Work(msgspec.Struct, frozen=True):
+    """What one step computes."""
+
+    prefill_tokens: int
+    prefill_pairs: int
+    """Pairs of a prompt token and one that it attends to, itself counted half."""
+    decodes: int
+    """Sequences that get their next token."""
+    kv_tokens: int
+    """Tokens of context that the decodes read."""
+
+
 class SimParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """Duration of a step and size of the KV cache. The defaults are an engine that takes no time.
 
-    T_step = step_us + prefill_token_us * p + prefill_pair_ns * p * context + decode_us * d + kv_token_ns * k, with p
-    prompt tokens computed in the step, d sequences decoded, k tokens of context that they read.
+    T_step = step_us + prefill_token_us * p + prefill_pair_ns * c + decode_us * d + kv_token_ns * k, with p prompt
+    tokens computed in the step, c pairs of such a token and one that it attends to, d sequences decoded, k tokens of
+    context that they read.
     """
 
     step_us: float = 0.0
@@ -24,11 +37,11 @@ class SimParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     mean_output_tokens: int = 128
     """Mean number of tokens until end-of-sequence, where the request does not ignore it."""
 
-    def duration_ns(self, prefill_tokens: int, prefill_pairs: float, decodes: int, kv_tokens: int) -> int:
+    def duration_ns(self, work: Work) -> int:
         if self.step_ms is not None:
             return int(self.step_ms * 1e6)
         return int(
-            1e3 * (self.step_us + self.prefill_token_us * prefill_tokens + self.decode_us * decodes)
-            + self.prefill_pair_ns * prefill_pairs
-            + self.kv_token_ns * kv_tokens
+            1e3 * (self.step_us + self.prefill_token_us * work.prefill_tokens + self.decode_us * work.decodes)
+            + self.prefill_pair_ns * work.prefill_pairs
+            + self.kv_token_ns * work.kv_tokens
         )

@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from engine.sim.kv_cache import KvCache
-from engine.sim.parameters import SimParameters
+from engine.sim.parameters import SimParameters, Work
 
 T = TypeVar("T")
 
@@ -95,10 +95,11 @@ class Sequence(Generic[T]):
 class Step(Generic[T]):
     """What one step does; all of it is visible at `ended_ns`."""
 
-    __slots__ = ("ended_ns", "finished", "tokens")
+    __slots__ = ("ended_ns", "finished", "tokens", "work")
 
-    def __init__(self, ended_ns: int, tokens: list[Sequence[T]], finished: list[Sequence[T]]) -> None:
+    def __init__(self, ended_ns: int, work: Work, tokens: list[Sequence[T]], finished: list[Sequence[T]]) -> None:
         self.ended_ns = ended_ns
+        self.work = work
         self.tokens = tokens
         """Sequences that got one token each; the ones whose `generated` is 1 got their first."""
         self.finished = finished
@@ -185,8 +186,9 @@ class Simulator(Generic[T]):
         budget = self._schedule_running(scheduled, chunks, budget)
         if self.preemptions == preemptions:
             self._admit(scheduled, chunks, budget, now_ns)
-        self.step_ns = self._duration_ns(scheduled, chunks)
-        return self._advance(scheduled, chunks, now_ns + self.step_ns)
+        work = _work_of(scheduled, chunks)
+        self.step_ns = self._parameters.duration_ns(work)
+        return self._advance(scheduled, chunks, work, now_ns + self.step_ns)
 
     def _schedule_running(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int) -> int:
         running = self._running
@@ -287,18 +289,7 @@ class Simulator(Generic[T]):
             sequence.held.extend(filter(self._cache.publish, filled))
             sequence.hashed_blocks = full
 
-    def _duration_ns(self, scheduled: list[Sequence[T]], chunks: list[int]) -> int:
-        prefill_tokens = prefill_pairs = decodes = kv_tokens = 0
-        for sequence, chunk in zip(scheduled, chunks, strict=True):
-            if chunk == 1 and sequence.generated:
-                decodes += 1
-                kv_tokens += sequence.computed
-            else:
-                prefill_tokens += chunk
-                prefill_pairs += chunk * (2 * sequence.computed + chunk) // 2
-        return self._parameters.duration_ns(prefill_tokens, prefill_pairs, decodes, kv_tokens)
-
-    def _advance(self, scheduled: list[Sequence[T]], chunks: list[int], ended_ns: int) -> Step[T]:
+    def _advance(self, scheduled: list[Sequence[T]], chunks: list[int], work: Work, ended_ns: int) -> Step[T]:
         tokens: list[Sequence[T]] = []
         finished: list[Sequence[T]] = []
         for sequence, chunk in zip(scheduled, chunks, strict=True):
@@ -314,7 +305,7 @@ class Simulator(Generic[T]):
                 finished.append(sequence)
         if finished:
             self._retire(finished)
-        return Step(ended_ns, tokens, finished)
+        return Step(ended_ns, work, tokens, finished)
 
     def _retire(self, finished: list[Sequence[T]]) -> None:
         for sequence in finished:
@@ -347,3 +338,15 @@ class Simulator(Generic[T]):
         self._cache.release(sequence.held, sequence.rank[1], run, private - run)
         sequence.held = []
         sequence.blocks = sequence.hashed_blocks = 0
+
+
+def _work_of(scheduled: list[Sequence[T]], chunks: list[int]) -> Work:
+    prefill_tokens = prefill_pairs = decodes = kv_tokens = 0
+    for sequence, chunk in zip(scheduled, chunks, strict=True):
+        if chunk == 1 and sequence.generated:
+            decodes += 1
+            kv_tokens += sequence.computed
+        else:
+            prefill_tokens += chunk
+            prefill_pairs += chunk * (2 * sequence.computed + chunk) // 2
+    return Work(prefill_tokens, prefill_pairs, decodes, kv_tokens)

@@ -20,8 +20,8 @@ from tests.engine.peer import Running, running_worker
 
 CONTEXT_TOKENS = 512
 REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
+STEP_LOG = "steps.jsonl"
 SETTINGS = f"""
-[engine]
 max_model_len = {CONTEXT_TOKENS}
 max_num_seqs = 16
 max_num_batched_tokens = 512
@@ -40,16 +40,26 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def vllm_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+def vllm_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vllm")
+
+
+@pytest.fixture(scope="session")
+def sim_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sim")
+
+
+@pytest.fixture(scope="session")
+def vllm_address(vllm_folder: Path) -> Iterator[str]:
     """A worker with the default model on real vLLM, started once."""
     pull(DEFAULT_MODEL, lambda *_: None)
-    with worker_process(tmp_path_factory.mktemp("vllm"), "vllm") as address:
+    with worker_process(vllm_folder, "vllm") as address:
         yield address
 
 
 @pytest.fixture(scope="session")
-def sim_address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with worker_process(tmp_path_factory.mktemp("sim"), "sim", "--profile", "instant") as address:
+def sim_address(sim_folder: Path) -> Iterator[str]:
+    with worker_process(sim_folder, "sim", "--profile", "instant") as address:
         yield address
 
 
@@ -59,11 +69,18 @@ def address(request: pytest.FixtureRequest) -> str:
     return str(request.getfixturevalue(f"{request.param}_address"))
 
 
+@pytest.fixture
+def step_log_path(request: pytest.FixtureRequest, address: str) -> Path:
+    """Where the engine behind `address` logs its steps."""
+    folder: Path = request.getfixturevalue(f"{request.node.callspec.params['address']}_folder")
+    return folder / STEP_LOG
+
+
 @contextmanager
 def worker_process(folder: Path, backend: str, *arguments: str) -> Iterator[str]:
     """HOST:PORT of a worker process, once it says that it is ready."""
     config = folder / "tidegate.toml"
-    config.write_text(SETTINGS)
+    config.write_text(f'[engine]\nstep_log = "{folder / STEP_LOG}"\n{SETTINGS}')
     command = [
         sys.executable,
         "-m",
