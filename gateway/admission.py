@@ -70,8 +70,8 @@ def check_forecast(forecast: Forecast | None, model: str, terms: Terms, schedule
 
 
 def is_hopeless(forecast: Forecast | None, first_token_ns: int) -> bool:
-    """Most requests like this would miss their deadline. Not where nobody waits: that is for the placement to see."""
-    return forecast is not None and forecast.is_queued and forecast.safe_ns > first_token_ns
+    """Too many requests like this would miss their deadline. Not where nobody waits: the placement sees to that."""
+    return forecast is not None and forecast.is_queued and forecast.sure_ns > first_token_ns
 
 
 def too_late(terms: Terms, model: str, scheduler: Scheduler) -> RequestError:

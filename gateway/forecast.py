@@ -20,6 +20,11 @@ WARM = 8
 FORGETTING = 0.99
 INTERVAL_FORGETTING = 0.97
 SAFE_SHARE = 0.9
+SURE_SHARE = 0.95
+"""Under overload nearly everybody who is admitted comes close to the limit, so that this is how many are in time."""
+STALE_NS = 30_000_000_000
+REACH = 4
+"""The line of a step is followed up to so many times the most tokens seen in one."""
 LEAST_NS = 1_000_000
 """No first token comes sooner; a ratio to less would say nothing."""
 
@@ -32,6 +37,8 @@ class Forecast(msgspec.Struct, frozen=True):
     expected_ns: int
     safe_ns: int
     """`SAFE_SHARE` of requests stay under it."""
+    sure_ns: int
+    """`SURE_SHARE` of requests stay under it."""
     is_queued: bool
     """It would wait in the gateway. What is predicted of those is corrected apart."""
 
@@ -128,7 +135,7 @@ class EngineForecast:
     def raw_ns(self, tokens: int, now_ns: int) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.
 
-        None before there are samples, and for more tokens in a step than were ever seen in one.
+        None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
         left_ns, in_step = 0.0, 0
         if self._began_ns is not None:
@@ -137,14 +144,16 @@ class EngineForecast:
             left_ns = max(0.0, self._began_ns + self._fit.predict(in_step) - now_ns)
         ahead = self.unstarted_tokens - in_step + tokens
         steps = max(1, math.ceil(ahead / self._batch_tokens))
-        if self._prefill_steps < WARM or ahead > steps * self._fit.most_x:
+        if self._prefill_steps < WARM or ahead > REACH * steps * self._fit.most_x:
             return None
-        return max(LEAST_NS, int(left_ns + (steps - 1) * self._fit.predict(0) + self._fit.predict(ahead)))
+        beyond_ns = self._fit.slope * max(0.0, ahead - self._fit.most_x)
+        own_ns = (steps - 1) * self._fit.predict(0) + self._fit.predict(ahead) + beyond_ns
+        return max(LEAST_NS, int(left_ns + own_ns))
 
-    def safe_ns(self, tokens: int, now_ns: int) -> int | None:
-        """A time that SAFE_SHARE of requests stay under."""
+    def expected_ns(self, tokens: int, now_ns: int) -> int | None:
+        """The same, corrected by what came of earlier ones."""
         raw_ns = self.raw_ns(tokens, now_ns)
-        return None if raw_ns is None else int(raw_ns * self._ratios.safe)
+        return None if raw_ns is None else int(raw_ns * self._ratios.middle)
 
     def learn(self, raw_ns: int, actual_ns: int) -> None:
         """A first token came `actual_ns` after a hand-over for which `raw_ns` was predicted."""
@@ -159,22 +168,28 @@ class QueueForecast:
         self._placed_ns = 0
         self._placed_tokens = 0
         self._has_followers = False
-        self._ratios = (RollingRatios(), RollingRatios())
+        self._ratios = {False: RollingRatios(), True: RollingRatios()}
         """Of requests that were placed at once, and of those that waited."""
+        self._learned_ns = 0
+        """When something was last learned of requests that wait."""
 
     def placed(self, tokens: int, now_ns: int, *, others_wait: bool) -> None:
         """A request left the queue for a worker. The time until the next one counts if others waited meanwhile."""
         if self._has_followers:
             self._fit.add(self._placed_tokens, now_ns - self._placed_ns)
+            self._learned_ns = now_ns
         self._placed_ns, self._placed_tokens, self._has_followers = now_ns, tokens, others_wait
 
     def correct(self, raw_ns: int, *, is_queued: bool) -> Forecast:
         raw_ns = max(raw_ns, LEAST_NS)
         ratios = self._ratios[is_queued]
-        return Forecast(raw_ns, int(raw_ns * ratios.middle), int(raw_ns * ratios.safe), is_queued)
+        expected_ns, safe_ns, sure_ns = (int(raw_ns * ratio) for ratio in (ratios.middle, ratios.safe, ratios.sure))
+        return Forecast(raw_ns, expected_ns, safe_ns, sure_ns, is_queued)
 
-    def learn(self, forecast: Forecast, actual_ns: int) -> None:
+    def learn(self, forecast: Forecast, actual_ns: int, now_ns: int) -> None:
         """What became of a forecast; of a request that gave up, what it had waited for in vain."""
+        if forecast.is_queued:
+            self._learned_ns = now_ns
         self._ratios[forecast.is_queued].add(actual_ns / forecast.raw_ns)
 
     def interval_ns(self) -> float | None:
@@ -182,7 +197,14 @@ class QueueForecast:
         return self._fit.mean if self._fit.samples >= WARM else None
 
     def wait_ns(self, requests: float, tokens: float, now_ns: int) -> int | None:
-        """Time until `requests` with so many prompt tokens are placed and it is the next one's turn."""
+        """Time until `requests` with so many prompt tokens are placed and it is the next one's turn.
+
+        None before anything is known, and again when nothing was learned for long: a wrong forecast may have refused
+        all who could have disproved it.
+        """
+        if now_ns - self._learned_ns > STALE_NS:
+            self._fit = LinearFit(INTERVAL_FORGETTING)
+            self._ratios[True] = RollingRatios()
         if self._fit.samples < WARM:
             return None
         turn_ns = self._placed_ns + self._fit.predict(self._placed_tokens) - now_ns
@@ -249,6 +271,7 @@ class RollingRatios:
         self.middle = 1.0
         self.safe = 1.0
         """What SAFE_SHARE of samples stay under."""
+        self.sure = 1.0
 
     def add(self, sample: float) -> None:
         if len(self._samples) == WINDOW:
@@ -257,6 +280,10 @@ class RollingRatios:
         bisect.insort(self._sorted, sample)
         if len(self._sorted) >= WARM:
             self.middle = self._sorted[len(self._sorted) // 2]
-            # Of n + 1 equally likely places for the next sample: the rank that it stays under in SAFE_SHARE of them.
-            rank = math.ceil((len(self._sorted) + 1) * SAFE_SHARE)
-            self.safe = self._sorted[min(len(self._sorted), rank) - 1]
+            self.safe = self._stayed_under(SAFE_SHARE)
+            self.sure = self._stayed_under(SURE_SHARE)
+
+    def _stayed_under(self, share: float) -> float:
+        """The next sample has n + 1 equally likely places: the rank that it stays under in so many of them."""
+        rank = math.ceil((len(self._sorted) + 1) * share)
+        return self._sorted[min(len(self._sorted), rank) - 1]

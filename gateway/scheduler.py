@@ -17,6 +17,7 @@ from gateway.breaker import Breaker, Verdict
 from gateway.fairness import ServiceCounters
 from gateway.forecast import EngineForecast, Forecast, QueueForecast
 from gateway.ledger import Lease, Ledger
+from gateway.limiter import SequenceLimit
 from gateway.order import FairQueue, Ticket, Work
 from gateway.pace import Pace
 from gateway.prefixes import PrefixIndex
@@ -124,7 +125,9 @@ class Scheduler:
             return None if engine_ns is None else history.correct(engine_ns, is_queued=False)
         work = queue.ahead(band, tenant) if queue is not None else Work()
         wait_ns = history.wait_ns(work.requests, work.tokens, now_ns)
-        return None if wait_ns is None else history.correct(wait_ns + (engine_ns or 0), is_queued=True)
+        if wait_ns is None or engine_ns is None:
+            return None
+        return history.correct(wait_ns + engine_ns, is_queued=True)
 
     def _engine_ns(self, model: str, tokens: int, now_ns: int) -> int | None:
         """Time to first token on the worker that would be soonest."""
@@ -239,7 +242,7 @@ class Scheduler:
         worker = route.worker
         if not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
             return False
-        engine_ns = worker.forecast.safe_ns(ticket.input_tokens - route.cached_tokens, now_ns)
+        engine_ns = worker.forecast.expected_ns(ticket.input_tokens - route.cached_tokens, now_ns)
         return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
 
     def _bind(self, ticket: Ticket, route: Route, now_ns: int) -> None:
@@ -284,7 +287,7 @@ class Scheduler:
 
     def _learn(self, ticket: Ticket, now_ns: int) -> None:
         if ticket.forecast is not None:
-            self._history(ticket.model).learn(ticket.forecast, now_ns - ticket.arrived_ns)
+            self._history(ticket.model).learn(ticket.forecast, now_ns - ticket.arrived_ns, now_ns)
 
     def release(self, request: int, output_tokens: int = 0) -> None:
         """The request no longer runs on its worker; its tenant pays for the tokens that it made."""
@@ -310,6 +313,7 @@ class Scheduler:
         self._workers[name] = Worker(
             name=name,
             model=model,
+            limit=SequenceLimit(model.max_sequences),
             joined_ns=now_ns,
             is_new=any(now_ns - worker.joined_ns > router.WARM_UP_NS for worker in self._workers.values()),
             prefixes=memory.prefixes,
@@ -352,6 +356,7 @@ class Scheduler:
     def stepped(self, name: str, now_ns: int) -> None:
         """A step of the worker has ended: its tokens, its first tokens and its load are known."""
         worker = self._workers[name]
+        worker.limit.stepped(worker.load)
         is_idle = not worker.load.running + worker.load.waiting
         step = worker.forecast.stepped(now_ns, is_idle=is_idle)
         if is_idle:

@@ -286,6 +286,11 @@ class FakeFleet:
         self.on_room()
         return worker
 
+    def step(self, name: str) -> None:
+        """A step of the worker has ended."""
+        self._scheduler.stepped(name, LoopClock().mono_ns())
+        self.on_room()
+
     def lose(self, name: str, reason: str = "connection reset") -> None:
         """As a session does it: the scheduler forgets the worker before its sinks hear."""
         worker = self.workers[name]

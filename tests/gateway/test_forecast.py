@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.forecast import LEAST_NS, WARM, WINDOW, EngineForecast, LinearFit, QueueForecast, RollingRatios
+from gateway.forecast import LEAST_NS, STALE_NS, WARM, WINDOW, EngineForecast, LinearFit, QueueForecast, RollingRatios
 
 MS = 1_000_000
 STEP_MS = 20
@@ -71,9 +71,10 @@ def test_the_first_token_follows_the_rest_of_the_running_step() -> None:
     assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
 
 
-def test_a_prompt_larger_than_any_seen_is_not_guessed() -> None:
+def test_a_prompt_far_larger_than_any_seen_is_not_guessed() -> None:
     steps = warm(tokens=100)
-    assert steps.forecast.raw_ns(100, steps.now_ns) is not None
+    expected_ms = 2 * STEP_MS + TOKEN_MS * 200
+    assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
     assert steps.forecast.raw_ns(1_000, steps.now_ns) is None
 
 
@@ -142,12 +143,23 @@ def test_a_pause_in_which_nobody_waits_says_nothing_of_the_rate() -> None:
     assert queue.interval_ns() == before_ns
 
 
+def test_what_nobody_could_disprove_for_long_is_forgotten() -> None:
+    queue, now_ns = busy_queue()
+    forecast = queue.correct(100 * MS, is_queued=True)
+    for _ in range(WARM):
+        queue.learn(forecast, 10**12, now_ns)
+    assert queue.correct(100 * MS, is_queued=True).safe_ns == 10**12
+    assert queue.wait_ns(0, 0, now_ns + STALE_NS) is not None
+    assert queue.wait_ns(0, 0, now_ns + STALE_NS + 1) is None
+    assert queue.correct(100 * MS, is_queued=True).safe_ns == 100 * MS
+
+
 def test_forecasts_that_were_too_low_are_stretched_apart_by_kind() -> None:
     queue = QueueForecast()
     forecast = queue.correct(100 * MS, is_queued=True)
     assert (forecast.expected_ns, forecast.safe_ns) == (100 * MS, 100 * MS)
     for number in range(100):
-        queue.learn(forecast, 110 * MS if number % 5 else 200 * MS)
+        queue.learn(forecast, 110 * MS if number % 5 else 200 * MS, number)
     corrected = queue.correct(100 * MS, is_queued=True)
     assert corrected.expected_ns == pytest.approx(110 * MS)
     assert corrected.safe_ns == pytest.approx(200 * MS)
@@ -174,3 +186,4 @@ def test_ratios_are_those_of_their_window(samples: list[float]) -> None:
     window = sorted(samples[-WINDOW:])
     assert ratios.middle == window[WINDOW // 2]
     assert ratios.safe == window[231], "the rank that one more sample stays under nine times in ten"
+    assert ratios.sure == window[244]

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 from gateway.reload import Reload
-from gateway.settings import GatewaySettings
+from gateway.settings import GatewaySettings, Limits
 from gateway.tenants import DEFAULT_BANDS, Tenant, TenantTable, new_key
 from protos.core import settings
 from protos.core.record import Outcome
@@ -95,6 +95,7 @@ async def test_what_would_be_too_late_is_refused_at_once_when_the_queue_has_a_ra
         clients = [await g.post(UNARY) for _ in range(20)]
         for slot in range(1, 13):  # one second each: the queue gets its rate
             worker.token(slot)
+            g.fleet.step("worker-0")
             await asyncio.sleep(1.0)
             worker.finish(slot, output_tokens=1)
             await settle_down()
@@ -154,3 +155,21 @@ async def until(is_true: object) -> None:
     async with asyncio.timeout(10):
         while not is_true():  # type: ignore[operator]  # noqa: ASYNC110
             await asyncio.sleep(0.02)
+
+
+@in_virtual_time
+async def test_a_running_request_that_misses_its_own_deadline_is_429_and_the_gateways_504() -> None:
+    limits = Limits(first_token_s=5, total_s=9)
+    async with gateway(workers=4, limits=limits) as g:
+        clients = [
+            await g.post(UNARY, x_tidegate_ttft_ms="2000"),
+            await g.post(UNARY, x_tidegate_ttft_ms="60000"),
+            await g.post(UNARY, x_tidegate_deadline_ms="7000"),
+            await g.post(UNARY),
+        ]
+        for name in ("worker-2", "worker-3"):
+            g.fleet.workers[name].token(1)
+        await asyncio.sleep(10)
+        assert [client.status for client in clients] == [429, 504, 429, 504]
+        assert {client.headers["x-tidegate-reject-reason"] for client in clients} == {"deadline"}
+    assert {record.outcome for record in g.records} == {Outcome.TIMED_OUT}

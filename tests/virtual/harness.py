@@ -56,6 +56,9 @@ class Result(msgspec.Struct):
     forecast: Forecast | None = None
     is_expired: bool = False
     is_refused: bool = False
+    """At once, when it arrived."""
+    is_shed: bool = False
+    """It had waited, and would have been too late wherever it ran."""
 
     @property
     def ttft_ns(self) -> int:
@@ -89,6 +92,7 @@ class Gateway:
         """Called when a request has finished: what its client sends next."""
         self._lengths = OutputLengths()
         self._wire_ns = wire_ns
+        self._kv_blocks = parameters.kv_blocks
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
         self._engines: dict[str, Simulator[int]] = {}
@@ -98,6 +102,10 @@ class Gateway:
             name = f"w{number}"
             self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens))
             self.scheduler.worker_joined(name, _model(parameters, max_sequences, max_batch_tokens))
+
+    @property
+    def preemptions(self) -> int:
+        return sum(engine.preemptions for engine in self._engines.values())
 
     def run(self, arrivals: Iterable[Arrival], until_ns: int | None = None) -> list[Result]:
         """Results in order of arrival; runs until everything is settled, or until `until_ns`."""
@@ -154,7 +162,7 @@ class Gateway:
     def _place(self) -> None:
         decided = self.scheduler.place(self.now_ns)
         for number in decided.shed:
-            self.results[number].is_refused = True
+            self.results[number].is_shed = True
         for placement in decided.placed:
             number = placement.ticket.request
             self.results[number].dispatched_ns = self.now_ns
@@ -201,7 +209,13 @@ class Gateway:
             if follow_up := self.next_turn(result):
                 self._announce(follow_up)
         engine = self._engines[worker]
-        load = Load(running=engine.running_count, waiting=engine.waiting_count)
+        load = Load(
+            running=engine.running_count,
+            waiting=engine.waiting_count,
+            kv_blocks_used=engine.used_blocks,
+            kv_blocks_total=self._kv_blocks,
+            preemptions=engine.preemptions,
+        )
         self.scheduler.worker_reported(worker, load, is_draining=False)
         self.scheduler.stepped(worker, self.now_ns)
         self._place()
