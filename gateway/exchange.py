@@ -18,6 +18,7 @@ from gateway.calls import Call
 from gateway.forecast import Forecast
 from gateway.identity import Identity
 from gateway.outlet import Headers, Outlet
+from gateway.stream import TokenStream
 from gateway.timeline import Timeline
 from protos.core.contract import Failed, Finished, ModelInfo, Started, TokenLogprob
 from protos.core.errors import RequestError
@@ -70,19 +71,15 @@ class Exchange:
         "_events",
         "_first_token_ns",
         "_keeps_output",
-        "_last_delta_ns",
-        "_max_gap_ns",
         "_preface",
         "_waiter",
         "_withheld",
-        "_write_text",
         "answer",
         "attempts",
         "body",
         "cached_tokens",
         "call",
         "carried_tokens",
-        "charged_tokens",
         "choices",
         "ended_ns",
         "endpoint",
@@ -98,11 +95,11 @@ class Exchange:
         "on_started",
         "outcome",
         "outlet",
-        "output_tokens",
         "patience",
         "priority",
         "prompt_tokens",
         "status",
+        "stream",
         "tenant",
         "timeline",
         "token_ids",
@@ -110,7 +107,6 @@ class Exchange:
         "worker",
         "worker_model",
     )
-    # Slots, because Python stops sharing the keys of instance dictionaries at 30 attributes: a token would pay for it.
 
     def __init__(
         self, number: int, endpoint: str, identity: Identity, timeline: Timeline, outlet: Outlet, *, keeps_output: bool
@@ -141,14 +137,14 @@ class Exchange:
         self.cached_tokens: int | None = None
         self.expected_cached_tokens: int | None = None
         """When it was routed."""
-        self.output_tokens = 0
+        self.stream = TokenStream(self)
+        """Where the worker's tokens go."""
         self.carried_tokens = 0
         """Output tokens from before the present attempt."""
         self.token_ids: list[int] | None = None
         """Of the output, where the request may be resumed on another worker."""
-        self.charged_tokens = 0
-        """Output tokens that the tenant was charged for; beyond them, `on_overrun` is called."""
         self.on_overrun: Callable[[], None] = _nothing
+        """Called when more tokens have come than `stream.charged_tokens`."""
         self.on_started: Callable[[], None] = _nothing
         """Called when the first token has come."""
         self.is_deaf = False
@@ -160,16 +156,13 @@ class Exchange:
         self._attempt_ns = 0
         self._keeps_output = keeps_output
         self._first_token_ns = 0
-        self._last_delta_ns = 0
-        self._max_gap_ns = 0
-        self._write_text: Callable[[str], None] | None = None
-        """Writes a text of the first choice, once the stream flows."""
         self._withheld: list[Row] = []
         self._preface = b""
         """Start of a stream's body that the socket has not taken yet."""
         self._events: collections.deque[Event] = collections.deque()
         self._waiter: asyncio.Future[None] | None = None
         outlet.on_drained = self._release_withheld
+        outlet.on_closed = self.stream.close
 
     # -- events for the pipeline
 
@@ -222,6 +215,8 @@ class Exchange:
         self.carried_tokens = self.output_tokens
         self.is_deaf = False
         self._attempt_ns = now_ns
+        if self.outlet.is_started:
+            self._open_stream()
 
     def end_attempt(self, now_ns: int, error: str | None) -> None:
         assert self.worker is not None
@@ -235,7 +230,13 @@ class Exchange:
     def stop_listening(self) -> None:
         """Nothing more goes to the client; the worker's last words still count for the record."""
         self.is_deaf = True
+        self.stream.close()
         self._withheld.clear()
+
+    @property
+    def output_tokens(self) -> int:
+        """That have come, over all attempts and choices."""
+        return self.stream.tokens
 
     @property
     def has_output(self) -> bool:
@@ -273,24 +274,10 @@ class Exchange:
     def delta(
         self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
     ) -> None:
+        """The rows that `stream` does not write by itself: it is not open yet, or not now, or there is more to them."""
         if self.is_deaf:
             return
-        tokens = self.output_tokens = self.output_tokens + token_count
-        gap_ns = now_ns - self._last_delta_ns
-        if gap_ns > self._max_gap_ns and self._last_delta_ns:
-            self._max_gap_ns = gap_ns
-        self._last_delta_ns = now_ns
-        if tokens > self.charged_tokens:
-            self.on_overrun()
-        if self._write_text is None or choice or logprobs or self.outlet.is_blocked:
-            self._take(choice, text, logprobs, now_ns)
-        elif text:
-            if self._keeps_output:
-                self.choices[0].texts.append(text)
-            self._write_text(text)
-
-    def _take(self, choice: int, text: str, logprobs: Sequence[TokenLogprob] | None, now_ns: int) -> None:
-        """A row that is not just one more piece of a flowing stream."""
+        self.stream.count(token_count, now_ns)
         if not text and not logprobs:
             return
         if not self._first_token_ns:
@@ -344,7 +331,6 @@ class Exchange:
         if not self.outlet.is_started:
             self.start_stream()
             self._withheld.append((choice, text, logprobs))
-            self._write_text = self.outlet.text_writer(*self.answer.text_frame(0))
             if not self.outlet.is_blocked:
                 self._release_withheld()
             return
@@ -361,6 +347,14 @@ class Exchange:
         """The socket takes data again: all text that waited leaves as one event per choice."""
         if data := self.take_withheld():
             self.outlet.push(data)
+        self._open_stream()
+
+    def _open_stream(self) -> None:
+        """From here on plain text goes to the socket without coming by, until `outlet` says otherwise."""
+        assert self.answer is not None
+        write = self.outlet.raw
+        if write is not None and not (self._keeps_output or self.is_deaf):
+            self.stream.open(write, *self.answer.text_frame(0))
 
     def take_withheld(self) -> bytes:
         """What waits for the socket, rendered; the plain text of a choice is joined into one event."""
@@ -432,9 +426,9 @@ class Exchange:
             total_ns=self.ended_ns - timeline.arrived_ns,
             unattributed_ns=unattributed_ns,
             first_token_at_ns=self._after_arrival(self._first_token_ns),
-            last_token_at_ns=self._after_arrival(self._last_delta_ns),
+            last_token_at_ns=self._after_arrival(self.stream.last_ns),
             cancelled_at_ns=self._after_arrival(self.ended_ns) if is_cancelled else None,
-            max_gap_ns=self._max_gap_ns,
+            max_gap_ns=self.stream.max_gap_ns,
             backpressure_ns=self.outlet.blocked_ns,
             preemptions=self.finish.preemptions if self.finish else 0,
         )

@@ -15,19 +15,16 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-import msgspec
-
-from gateway.server import Wire
+from gateway.wire import Wire
 
 log = logging.getLogger("tidegate.gateway")
 
 Send = Callable[[dict[str, Any]], Coroutine[Any, Any, None]]
 Headers = list[tuple[bytes, bytes]]
-_encode = msgspec.json.Encoder().encode
 
 
 class Outlet:
-    """Owned by one request. `on_drained` is called when a full socket takes data again."""
+    """Owned by one request."""
 
     __slots__ = (
         "_blocked_since_ns",
@@ -39,6 +36,7 @@ class Outlet:
         "blocked_ns",
         "is_blocked",
         "is_started",
+        "on_closed",
         "on_drained",
     )
 
@@ -56,11 +54,18 @@ class Outlet:
         self.blocked_ns = 0
         """Time in which the client's socket took nothing."""
         self.on_drained: Callable[[], None] = _nothing
+        """Called when a full socket takes data again."""
+        self.on_closed: Callable[[], None] = _nothing
+        """Called when `raw` must not be used any more: the socket is full, or the client is gone."""
 
     def start(self, status: int, headers: Headers) -> None:
         assert not self.is_started, "a response starts once"
         self.is_started = True
         self._run(self._send, {"type": "http.response.start", "status": status, "headers": headers})
+        if self._wire is not None:
+            self._wire.on_full, self._wire.on_left = self._block, self.on_closed
+            if self._wire.is_full and not self.is_blocked:
+                self._block()
 
     def push(self, data: bytes) -> None:
         """Write a part of the body. Not while `is_blocked`."""
@@ -69,14 +74,11 @@ class Outlet:
             return
         assert not self.is_blocked, "the socket is full"
         self._wire.write(data)
-        if self._wire.is_full:
-            self._block()
 
-    def text_writer(self, opening: bytes, closing: bytes) -> Callable[[str], None]:
-        """`push(opening + JSON of the text + closing)`, made once per stream: it is most of what a token costs."""
-        if self._wire is None:
-            return lambda text: self.push(opening + _encode(text) + closing)
-        return self._wire.text_writer(opening, closing, self._block)
+    @property
+    def raw(self) -> Callable[[bytes], None] | None:
+        """A way around `push` for HTTP chunks, until `on_closed`; None where there is none now."""
+        return None if self._wire is None or self.is_blocked else self._wire.raw
 
     async def unblocked(self) -> None:
         """Wait until the socket takes data again."""
@@ -85,10 +87,12 @@ class Outlet:
 
     def finish(self, data: bytes = b"") -> None:
         """Write the last part of the body. Not while `is_blocked`."""
+        self._let_go()
         self._run(self._send, {"type": "http.response.body", "body": data, "more_body": False})
 
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
+        self._let_go()
         if self._drainer is not None and self.is_blocked:
             self._drainer.cancel()
             self._note_unblocked()
@@ -105,7 +109,15 @@ class Outlet:
     def _block(self) -> None:
         """The wire is full."""
         assert self._wire is not None
-        self._wait(self._wire.drained())
+        self.on_closed()
+        if not self.is_blocked:  # else the one who waits already waits on
+            self._wait(self._wire.drained())
+
+    def _let_go(self) -> None:
+        """Nothing follows that a full socket would hold up."""
+        self.on_closed()
+        if self._wire is not None:
+            self._wire.on_full = self._wire.on_left = _nothing
 
     def _wait(self, writing: Awaitable[None]) -> None:
         self.is_blocked = True
@@ -115,6 +127,8 @@ class Outlet:
     async def _drain(self, writing: Awaitable[None]) -> None:
         try:
             await writing
+            while self._wire is not None and self._wire.is_full:
+                await self._wire.drained()
         except OSError as error:
             log.info("client left: %s", error)  # `receive` tells the pipeline
         self._note_unblocked()

@@ -26,11 +26,11 @@ from gateway.prefixes import Blocks, cut
 from gateway.quota import Grant, Quotas
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
-from gateway.server import WIRE
 from gateway.settings import Limits
 from gateway.tenants import TenantTable
 from gateway.terms import Terms, agree, check_model
 from gateway.timeline import Timeline
+from gateway.wire import WIRE
 from protos.core.clock import Clock
 from protos.core.contract import ChatPrompt, Failed, FailureKind, Finished
 from protos.core.errors import (
@@ -397,8 +397,8 @@ class Pipeline:
 
     def _charge_overrun(self, exchange: Exchange) -> None:
         """More tokens came than were predicted: the tenant pays for the next ones, a block at a time."""
-        exchange.charged_tokens = exchange.output_tokens + OVERRUN_TOKENS
-        self._scheduler.overran(exchange.number, exchange.charged_tokens - exchange.carried_tokens)
+        exchange.stream.charged_tokens = exchange.output_tokens + OVERRUN_TOKENS
+        self._scheduler.overran(exchange.number, exchange.stream.charged_tokens - exchange.carried_tokens)
 
     # -- attempt
 
@@ -414,7 +414,7 @@ class Pipeline:
         exchange.begin_attempt(placed.worker, self._fleet.model_of(placed.worker), now_ns)
         exchange.on_started = functools.partial(self._note_start, exchange)
         exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
-        exchange.charged_tokens = exchange.carried_tokens + self._scheduler.charged_tokens(exchange.number)
+        exchange.stream.charged_tokens = exchange.carried_tokens + self._scheduler.charged_tokens(exchange.number)
         exchange.expected_cached_tokens = placed.cached_tokens
         slot = upstream.submit(
             exchange,

@@ -1,77 +1,46 @@
-"""The HTTP server: uvicorn, with a short way to the socket for what a stream repeats ten thousand times a second."""
+"""The HTTP server: uvicorn, with connections of our own and a short way to their sockets."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import msgspec
 import uvicorn
 from litestar.types import ASGIApp
 from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 from gateway.connection import Connection
+from gateway.wire import WIRE, Wire
 
-WIRE = "tidegate.wire"
-"""Key of the ASGI scope under which a request finds its Wire."""
 BACKLOG = 4096
 LAST_WORDS_SECONDS = 5
 """How long connections may take to close after the drain."""
-SIZES = tuple(b"%x\r\n" % size for size in range(2048))
-_encode = msgspec.json.Encoder().encode
-
-
-class Wire:
-    """The socket under a response whose head has been sent with chunked encoding.
-
-    An ASGI message per chunk is a coroutine, a dict and a dozen checks: more than all else that a token costs.
-    """
-
-    __slots__ = ("_cycle",)
-
-    def __init__(self, cycle: RequestResponseCycle) -> None:
-        self._cycle = cycle
-
-    @property
-    def is_full(self) -> bool:
-        """Too much is waiting for the client's socket: nothing should be written until `drained`."""
-        return self._cycle.flow.write_paused and not self._cycle.disconnected
-
-    async def drained(self) -> None:
-        await self._cycle.flow.drain()
-
-    def write(self, body: bytes) -> None:
-        """One chunk, not empty. Nothing happens when the client has left."""
-        if not self._cycle.disconnected:
-            self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
-
-    def text_writer(self, opening: bytes, closing: bytes, on_full: Callable[[], None]) -> Callable[[str], None]:
-        """`write(opening + JSON of the text + closing)` with everything that can be looked up looked up before."""
-        cycle, flow, write = self._cycle, self._cycle.flow, self._cycle.transport.write
-        fixed = len(opening) + len(closing)
-        closing += b"\r\n"
-
-        def write_text(text: str) -> None:
-            if cycle.disconnected:
-                return
-            encoded = _encode(text)
-            size = fixed + len(encoded)
-            write((SIZES[size] if size < 2048 else b"%x\r\n" % size) + opening + encoded + closing)
-            if flow.write_paused:
-                on_full()
-
-        return write_text
 
 
 class _Protocol(Connection):
-    """One connection."""
+    """One connection, whose requests find their Wire."""
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        self._wire: Wire | None = None
+        super().connection_made(transport)
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         scope: dict[str, Any] = cycle.scope  # type: ignore[assignment]
-        scope[WIRE] = Wire(cycle)
+        self._wire = scope[WIRE] = Wire(cycle)
         super()._start_asgi_task(cycle, app)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._wire is not None:
+            self._wire.on_full()
+
+    def _leave(self, cycle: RequestResponseCycle) -> None:
+        super()._leave(cycle)
+        if self._wire is not None:
+            self._wire.on_left()
 
 
 class Server(uvicorn.Server):

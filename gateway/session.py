@@ -12,7 +12,7 @@ import grpc.aio
 
 from gateway.heartbeat import Silence
 from gateway.offset import ClockOffset
-from gateway.upstream import Sink
+from gateway.upstream import Sink, Tokens
 from protos.core import wire
 from protos.core.clock import Clock
 from protos.core.contract import (
@@ -72,6 +72,8 @@ class WorkerSession:
         self._listener = listener
         self._offset = ClockOffset()
         self._sinks: dict[int, Sink] = {}
+        self._streams: dict[int, Tokens] = {}
+        """Of the sinks."""
         self._token_ids: dict[int, list[int]] = {}
         """Output tokens of the slots that may be resumed elsewhere: nobody else needs them."""
         self._next_slot = 1
@@ -106,6 +108,7 @@ class WorkerSession:
         slot = self._next_slot
         self._next_slot += 1
         self._sinks[slot] = sink
+        self._streams[slot] = sink.stream
         if token_ids is not None:
             self._token_ids[slot] = token_ids
         self._submits.append(
@@ -232,12 +235,10 @@ class WorkerSession:
             if self._token_ids:
                 self._keep_token_ids(frame.deltas)
         for finished in frame.finished:
-            if sink := sinks.pop(finished.slot, None):
-                self._token_ids.pop(finished.slot, None)
+            if sink := self._close(finished.slot):
                 sink.finished(finished, offset_ns)
         for failed in frame.failed:
-            if sink := sinks.pop(failed.slot, None):
-                self._token_ids.pop(failed.slot, None)
+            if sink := self._close(failed.slot):
                 sink.failed(failed, offset_ns)
         self._take_pong(frame)
         if frame.load is not None:
@@ -245,6 +246,11 @@ class WorkerSession:
             self._listener.worker_reported(self, frame.load, frame.draining)
         if frame.deltas is not None:
             self._listener.worker_stepped(self, now_ns)
+
+    def _close(self, slot: int) -> Sink | None:
+        self._streams.pop(slot, None)
+        self._token_ids.pop(slot, None)
+        return self._sinks.pop(slot, None)
 
     def _take_deltas(self, deltas: Deltas, now_ns: int) -> None:
         sinks = self._sinks
@@ -255,9 +261,10 @@ class WorkerSession:
                 if sink := sinks.get(slot):
                     sink.delta(text, count, choice, deltas.logprobs.get(row), now_ns)
             return
+        streams = self._streams
         for slot, text, count in zip(deltas.slots, deltas.texts, deltas.token_counts, strict=True):
-            if sink := sinks.get(slot):
-                sink.delta(text, count, 0, None, now_ns)
+            if stream := streams.get(slot):
+                stream.token(text, count, now_ns)
 
     def _keep_token_ids(self, deltas: Deltas) -> None:
         at = 0
@@ -289,6 +296,7 @@ class WorkerSession:
         self._cancels.clear()
         self._has_output.clear()
         self._token_ids.clear()
+        self._streams.clear()
         sinks, self._sinks = self._sinks, {}
         for sink in sinks.values():
             sink.lost(reason)

@@ -8,12 +8,21 @@ from typing import Protocol
 from protos.core.contract import Failed, Finished, Prompt, Sampling, Started, TokenLogprob
 
 
+class Tokens(Protocol):
+    """Where plain text of a request's first choice goes: nearly all that a worker sends."""
+
+    def token(self, text: str, count: int, now_ns: int) -> None: ...
+
+
 class Sink(Protocol):
     """What a running request hears from its worker. All calls are synchronous and on the event loop.
 
     Exactly one of `finished`, `failed` and `lost` ends the series. Stamps are in the worker's clock; `offset_ns` is
     that clock minus ours.
     """
+
+    @property
+    def stream(self) -> Tokens: ...
 
     def accepted(self, received_ns: int, offset_ns: int) -> None: ...
 

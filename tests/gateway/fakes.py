@@ -536,9 +536,10 @@ async def scripted_worker(script: Script | None = None, **facts: Any) -> AsyncIt
 
 
 class FakeSink:
-    """Notes what a session tells it."""
+    """Notes what a session tells it. Its own stream."""
 
     def __init__(self) -> None:
+        self.stream = self
         self.heard: list[tuple[str, Any]] = []
         self.ended = asyncio.Event()
 
@@ -555,6 +556,9 @@ class FakeSink:
 
     def started(self, event: Started, offset_ns: int) -> None:
         self.heard.append(("started", event))
+
+    def token(self, text: str, count: int, now_ns: int) -> None:
+        self.heard.append(("delta", text))
 
     def delta(self, text: str, token_count: int, choice: int, logprobs: Sequence[Any] | None, now_ns: int) -> None:
         self.heard.append(("delta", text))

@@ -1,0 +1,100 @@
+"""The tokens of one request on their way to its client: what relaying costs is here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Protocol
+
+import msgspec
+
+from protos.core.contract import TokenLogprob
+
+SIZES = tuple(b"%x\r\n" % size for size in range(2048))
+"""Heads of HTTP chunks."""
+_encode = msgspec.json.Encoder().encode
+
+
+class Owner(Protocol):
+    """The request of a stream."""
+
+    on_overrun: Callable[[], None]
+
+    def delta(
+        self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
+    ) -> None:
+        """Anything but one more text of an open stream."""
+
+
+class TokenStream:
+    """Counts tokens and, while it is open, writes their text to the client's socket.
+
+    Small on purpose. With hundreds of streams, a step finds the memory of none of them in the processor's cache: each
+    further object that a token touches costs as much as a dozen operations on one that is there.
+    """
+
+    __slots__ = ("_charged", "_closing", "_fixed", "_left", "_opening", "_owner", "_write", "last_ns", "max_gap_ns")
+
+    def __init__(self, owner: Owner) -> None:
+        self._owner = owner
+        self._write: Callable[[bytes], None] | None = None
+        self._opening = self._closing = b""
+        self._fixed = 0
+        self._charged = 0
+        self._left = 0
+        """Tokens until more have come than were charged: one number to change per token."""
+        self.last_ns = 0
+        """When the last tokens came; 0 before the first."""
+        self.max_gap_ns = 0
+        """The longest time between tokens."""
+
+    @property
+    def tokens(self) -> int:
+        """That have come."""
+        return self._charged - self._left
+
+    @property
+    def charged_tokens(self) -> int:
+        """That the tenant was charged for; beyond them the owner's `on_overrun` is called."""
+        return self._charged
+
+    @charged_tokens.setter
+    def charged_tokens(self, tokens: int) -> None:
+        self._left += tokens - self._charged
+        self._charged = tokens
+
+    def open(self, write: Callable[[bytes], None], opening: bytes, closing: bytes) -> None:
+        """Each text leaves by `write` as one HTTP chunk: `opening`, its JSON, `closing`."""
+        self._write = write
+        self._opening = opening
+        self._closing = closing + b"\r\n"
+        self._fixed = len(opening) + len(closing)
+
+    def close(self) -> None:
+        """All that comes goes to the owner, as before `open`."""
+        self._write = None
+
+    def token(self, text: str, count: int, now_ns: int) -> None:
+        """A row of an engine's step: plain text of the first choice."""
+        write = self._write
+        if write is None or not text:
+            self._owner.delta(text, count, 0, None, now_ns)
+            return
+        left = self._left = self._left - count
+        gap_ns = now_ns - self.last_ns
+        if gap_ns > self.max_gap_ns:
+            self.max_gap_ns = gap_ns
+        self.last_ns = now_ns
+        if left < 0:
+            self._owner.on_overrun()
+        encoded = _encode(text)
+        size = self._fixed + len(encoded)
+        write((SIZES[size] if size < 2048 else b"%x\r\n" % size) + self._opening + encoded + self._closing)
+
+    def count(self, tokens: int, now_ns: int) -> None:
+        """Tokens came that `token` did not write."""
+        self._left -= tokens
+        if self.last_ns:
+            self.max_gap_ns = max(self.max_gap_ns, now_ns - self.last_ns)
+        self.last_ns = now_ns
+        if self._left < 0:
+            self._owner.on_overrun()
