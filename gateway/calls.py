@@ -41,7 +41,7 @@ NoList = Annotated[list[Any], _rule(NOT_SUPPORTED, maxItems=0)]
 NoValue = Annotated[Any, _rule(NOT_SUPPORTED, enum=[None, False, 0, "", [], {}])]
 LogitBias = Annotated[
     dict[str, Annotated[float, msgspec.Meta(ge=-100, le=100)]],
-    _rule("By token id.", propertyNames={"pattern": "^[0-9]{1,9}$"}),
+    _rule("By token id.", propertyNames={"pattern": "^(0|[1-9][0-9]{0,8})$"}),
 ]
 
 
@@ -361,8 +361,8 @@ def _completion_prompt(prompt: str | list[Any]) -> TextPrompt | TokenPrompt:
         raise InvalidRequest("prompt: one prompt per request; send several requests", param="prompt")
     try:
         return TokenPrompt(msgspec.convert(prompt, _token_ids_decoder_type))
-    except msgspec.ValidationError:
-        raise InvalidRequest("prompt: must be a string or a list of token ids", param="prompt") from None
+    except msgspec.ValidationError as error:
+        raise _explain_within("prompt", error) from None
 
 
 def _stop(stop: str | list[str] | None) -> tuple[str, ...]:
@@ -394,6 +394,9 @@ def _decode_field(decoder: msgspec.json.Decoder[Any], data: bytes, field: str) -
     try:
         return decoder.decode(data)
     except msgspec.ValidationError as error:
-        raise _explain(
-            str(error).replace("`$", f"`$.{field}") if "`$" in str(error) else f"{error} - at `$.{field}`"
-        ) from None
+        raise _explain_within(field, error) from None
+
+
+def _explain_within(field: str, error: msgspec.ValidationError) -> InvalidRequest:
+    message = str(error)
+    return _explain(message.replace("`$", f"`$.{field}") if "`$" in message else f"{message} - at `$.{field}`")

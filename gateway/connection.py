@@ -89,6 +89,7 @@ class Connection(HttpToolsProtocol):
             except httptools.HttpParserUpgrade as upgrade:
                 data = self._unoffered + data[upgrade.args[0] :]
                 self._unoffered = b""
+                self.parser = _new_parser(self)  # the old one is through when the head says `connection: close`
             else:
                 return
 
@@ -226,6 +227,13 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             self.transport.abort()
+
+
+def _new_parser(connection: Connection) -> httptools.HttpRequestParser:
+    """As uvicorn makes it."""
+    parser = httptools.HttpRequestParser(connection)
+    parser.set_dangerous_leniencies(lenient_data_after_close=True)
+    return parser
 
 
 def _too_large() -> HeadersTooLarge:

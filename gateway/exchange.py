@@ -44,6 +44,9 @@ class Gone(msgspec.Struct, frozen=True):
 class Overdue(msgspec.Struct, frozen=True):
     """A deadline passed: in the queue, before the first token, or in all."""
 
+    has_output: bool = False
+    """Tokens had come by then; more may have come since."""
+
 
 class Unplaceable(msgspec.Struct, frozen=True):
     """The last worker that could have run it is gone."""

@@ -209,7 +209,7 @@ class Pipeline:
             avoid = (*avoid, placed.worker)
             end = await self._attempt(exchange, call, terms, placed)
             if not self._may_try_again(exchange, terms, end, len(avoid)):
-                return _translate(end, exchange, terms)
+                return _translate(end, terms)
 
     def _may_try_again(self, exchange: Exchange, terms: Terms, end: Event, attempts: int) -> bool:
         if not retries.is_workers_fault(end) or attempts >= self._limits.attempts:
@@ -555,7 +555,7 @@ class _Timeouts:
         if self._exchange.has_output and self._clock.mono_ns() < self._total_ns:
             self._arm(self._total_ns)
         else:
-            self._exchange.signal(Overdue())
+            self._exchange.signal(Overdue(self._exchange.has_output))
 
 
 JSON_HEADERS: Headers = [(b"content-type", b"application/json")]
@@ -612,13 +612,13 @@ def _wanted_by_ns(exchange: Exchange, terms: Terms, now_ns: int) -> int:
     return min(arrived_ns + terms.total_ns, now_ns + terms.first_token_ns)
 
 
-def _translate(end: Event, exchange: Exchange, terms: Terms) -> End:
+def _translate(end: Event, terms: Terms) -> End:
     """An attempt's end as what the client is told."""
     match end:
         case Finished() | Gone():
             return end
-        case Overdue():
-            return _overdue(terms, has_output=exchange.has_output)
+        case Overdue(has_output=has_output):
+            return _overdue(terms, has_output=has_output)
         case Failed():
             return _failure(end)
         case Lost():
