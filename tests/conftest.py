@@ -12,6 +12,7 @@ import pytest
 hypothesis.settings.register_profile(
     "any-machine", deadline=None, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
+hypothesis.settings.register_profile("long", hypothesis.settings.get_profile("any-machine"), max_examples=3000)
 hypothesis.settings.load_profile("any-machine")
 
 REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
