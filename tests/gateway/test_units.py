@@ -337,6 +337,14 @@ def test_settled_request_is_counted_in_every_view() -> None:
     assert found["tidegate_phase_seconds_count phase=queue"] == 1
 
 
+def test_attempts_after_the_first_are_counted_and_those_that_went_on() -> None:
+    metrics = Metrics()
+    metrics.observe(record(attempts=(Attempt("a", 0, 1, "lost"), Attempt("b", 1, 2, "lost", 5), Attempt("c", 2, 3))))
+    found = samples(metrics)
+    assert found["tidegate_retries_total model=tide-1"] == 2
+    assert found["tidegate_resumes_total model=tide-1"] == 1
+
+
 def test_one_token_has_no_time_per_token() -> None:
     metrics = Metrics()
     metrics.observe(record(first_token_at_ns=5, last_token_at_ns=5, output_tokens=1))
