@@ -386,6 +386,7 @@ class Exchange:
             "total_ns": now_ns - self.timeline.arrived_ns,
             "unattributed_ns": unattributed_ns,
             "first_token_at_ns": self._after_arrival(self._first_token_ns),
+            "forecast_ns": _forecast_ns(self.forecast),
             "preemptions": self.finish.preemptions if self.finish else 0,
             "cached_tokens": self.cached_tokens or 0,
             "expected_cached_tokens": self.expected_cached_tokens or 0,
@@ -442,6 +443,11 @@ class Exchange:
 
     def _after_arrival(self, stamp_ns: int) -> int | None:
         return stamp_ns - self.timeline.arrived_ns if stamp_ns else None
+
+
+def _forecast_ns(forecast: Forecast | None) -> dict[str, int] | None:
+    """Of the first token, from arrival; None where there was nothing to tell it from."""
+    return {"expected": forecast.expected_ns, "safe": forecast.safe_ns} if forecast is not None else None
 
 
 def _join(rows: list[Row]) -> list[Row]:
