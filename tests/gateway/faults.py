@@ -176,7 +176,7 @@ def _fault(answer: bytes, text: str, *, is_stream: bool) -> str:
 
 
 def _stream_fault(body: bytes, text: str) -> str:
-    *events, rest = _dechunk(body).split(b"\n\n")
+    *events, rest = dechunk(body).split(b"\n\n")
     if rest or not events or events[-1] != b"data: [DONE]":
         return f"no end: {events[-1:]!r}"
     chunks: list[Any] = [json.loads(event.removeprefix(b"data: ")) for event in events[:-1]]
@@ -187,7 +187,7 @@ def _stream_fault(body: bytes, text: str) -> str:
     return "" if (got, reasons) == (text, ["length"]) else f"another text: {got!r}, {reasons}"
 
 
-def _dechunk(body: bytes) -> bytes:
+def dechunk(body: bytes) -> bytes:
     parts = []
     while body:
         size, _, body = body.partition(b"\r\n")

@@ -45,12 +45,12 @@ class Process:
     def output(self) -> str:
         return self.log.read_text(errors="replace")
 
-    def wait_ready(self) -> re.Match[str]:
+    def wait_ready(self, seconds: float = START_SECONDS) -> re.Match[str]:
         def find() -> re.Match[str] | None:
             assert self.process.poll() is None, self.output
             return re.search(self._ready, self.output)
 
-        found = wait_for(find, f"{self.log.name} says {self._ready}", START_SECONDS)
+        found = wait_for(find, f"{self.log.name} says {self._ready}", seconds)
         assert isinstance(found, re.Match)
         return found
 
