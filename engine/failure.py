@@ -24,7 +24,7 @@ def output_limit(context_tokens: int, prompt_tokens: int, max_tokens: int | None
 def context_exceeded(submit: Submit, received_ns: int, context_tokens: int, prompt_tokens: int) -> Failed:
     prompt, max_tokens = prompt_field(submit), submit.sampling.max_tokens
     is_prompt_at_fault = prompt_tokens >= context_tokens or max_tokens is None
-    wanted = "" if is_prompt_at_fault else f", and max_tokens asks for {max_tokens} more"
-    message = f"the model's context is {context_tokens} tokens; the {prompt} has {prompt_tokens}{wanted}"
+    wanted = "" if is_prompt_at_fault else f", and {max_tokens} more are asked for"
+    message = f"the model's context is {context_tokens} tokens; the prompt has {prompt_tokens}{wanted}"
     param = prompt if is_prompt_at_fault else "max_tokens"
     return failed(submit, received_ns, FailureKind.CONTEXT_EXCEEDED, message, param)

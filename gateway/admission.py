@@ -31,19 +31,19 @@ def resolve_model(call: Call, scheduler: Scheduler) -> str | RequestError:
 
 def check_lengths(call: Call, model: str, scheduler: Scheduler, limits: Limits) -> RequestError | None:
     """What can be known about lengths before anybody has tokenized the prompt."""
-    sampling = call.sampling
+    sampling, field = call.sampling, call.max_tokens_field
     if sampling.max_tokens is None:
         return None
     if sampling.max_tokens * sampling.n > limits.max_tokens:
         return InvalidRequest(
-            f"max_tokens: {sampling.max_tokens * sampling.n} exceeds this gateway's limit of {limits.max_tokens}",
-            param="max_tokens",
+            f"{field}: {sampling.max_tokens * sampling.n} exceeds this gateway's limit of {limits.max_tokens}",
+            param=field,
         )
     context = scheduler.context_tokens(model)
     if context is not None and sampling.max_tokens >= context:
         return InvalidRequest(
-            f"max_tokens: {sampling.max_tokens} leaves no room for a prompt in the model's context of {context} tokens",
-            param="max_tokens",
+            f"{field}: {sampling.max_tokens} leaves no room for a prompt in the model's context of {context} tokens",
+            param=field,
             code="context_length_exceeded",
         )
     return None

@@ -169,6 +169,8 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     priority: str | int | None = None
     """Band by name, or by number from the top."""
+    max_tokens_field: str = "max_tokens"
+    """What the client calls it."""
     is_stream: bool = False
     wants_usage: bool = False
 
@@ -257,6 +259,7 @@ def _parse_chat(body: bytes) -> Call:
         prompt_bytes=messages,
         max_tokens=chat.max_completion_tokens or chat.max_tokens,
         logprobs=(chat.top_logprobs or 0) if chat.logprobs else None,
+        max_tokens_field="max_completion_tokens" if chat.max_completion_tokens else "max_tokens",
     )
 
 
@@ -295,18 +298,25 @@ def _parse_generate(body: bytes) -> Call:
 
 
 def _call(
-    fields: _SamplingFields, *, prompt: Prompt, prompt_bytes: bytes, max_tokens: int | None, logprobs: int | None
+    fields: _SamplingFields,
+    *,
+    prompt: Prompt,
+    prompt_bytes: bytes,
+    max_tokens: int | None,
+    logprobs: int | None,
+    max_tokens_field: str = "max_tokens",
 ) -> Call:
     is_stream = bool(fields.stream)
     if fields.stream_options is not None and not is_stream:
         raise InvalidRequest("stream_options: only allowed when stream is true", param="stream_options")
     if fields.min_tokens is not None and max_tokens is not None and fields.min_tokens > max_tokens:
-        raise InvalidRequest(f"min_tokens: must not exceed max_tokens ({max_tokens})", param="min_tokens")
+        raise InvalidRequest(f"min_tokens: must not exceed {max_tokens_field} ({max_tokens})", param="min_tokens")
     return Call(
         model=fields.model,
         prompt=prompt,
         prompt_bytes=prompt_bytes,
         priority=fields.priority,
+        max_tokens_field=max_tokens_field,
         is_stream=is_stream,
         wants_usage=bool(fields.stream_options and fields.stream_options.include_usage),
         sampling=Sampling(

@@ -209,7 +209,7 @@ class Pipeline:
             avoid = (*avoid, placed.worker)
             end = await self._attempt(exchange, call, terms, placed)
             if not self._may_try_again(exchange, terms, end, len(avoid)):
-                return _translate(end, terms)
+                return _translate(end, call, terms)
 
     def _may_try_again(self, exchange: Exchange, terms: Terms, end: Event, attempts: int) -> bool:
         if not retries.is_workers_fault(end) or attempts >= self._limits.attempts:
@@ -612,7 +612,7 @@ def _wanted_by_ns(exchange: Exchange, terms: Terms, now_ns: int) -> int:
     return min(arrived_ns + terms.total_ns, now_ns + terms.first_token_ns)
 
 
-def _translate(end: Event, terms: Terms) -> End:
+def _translate(end: Event, call: Call, terms: Terms) -> End:
     """An attempt's end as what the client is told."""
     match end:
         case Finished() | Gone():
@@ -620,7 +620,7 @@ def _translate(end: Event, terms: Terms) -> End:
         case Overdue(has_output=has_output):
             return _overdue(terms, has_output=has_output)
         case Failed():
-            return _failure(end)
+            return _failure(end, call)
         case Lost():
             return _lost()
         case Cut():
@@ -642,8 +642,8 @@ def _lost() -> RequestError:
     return Unavailable("the worker that ran this request was lost; retry", reason="worker_lost", retry_after_s=1.0)
 
 
-def _failure(failed: Failed) -> RequestError:
-    param = failed.param or None
+def _failure(failed: Failed, call: Call) -> RequestError:
+    param = call.max_tokens_field if failed.param == "max_tokens" else failed.param or None
     match failed.kind:
         case FailureKind.INVALID:
             return InvalidRequest(failed.message, param=param)

@@ -655,6 +655,16 @@ def test_what_a_worker_refuses_is_told_in_the_clients_terms(kind: FailureKind, s
     test()
 
 
+@in_virtual_time
+async def test_a_length_that_a_worker_refuses_has_the_name_that_the_client_gave_it() -> None:
+    async with gateway() as g:
+        for number, field in enumerate(("max_tokens", "max_completion_tokens"), 1):
+            client = await g.post(chat_body(**{field: 7}))
+            g.fleet.workers["worker-0"].fail(number, FailureKind.CONTEXT_EXCEEDED, "too long", "max_tokens")
+            await client.task
+            assert client.json["error"]["param"] == field
+
+
 # ---------------------------------------------------------------- failures and retries
 
 
