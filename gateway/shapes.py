@@ -33,6 +33,13 @@ class Usage(msgspec.Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
+class TokenForecast(msgspec.Struct):
+    """When the first token was to come, told at the request's arrival: in all likelihood, and at the latest."""
+
+    expected: int
+    safe: int
+
+
 class Timing(msgspec.Struct):
     """Where the request's time went, when `x-tidegate-timing: 1` asked for it."""
 
@@ -45,6 +52,7 @@ class Timing(msgspec.Struct):
     total_ns: int
     unattributed_ns: int
     first_token_at_ns: int | None
+    forecast_ns: TokenForecast | None
     preemptions: int
     cached_tokens: int
     expected_cached_tokens: int
