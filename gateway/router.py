@@ -16,6 +16,7 @@ import msgspec
 from gateway.breaker import Breaker
 from gateway.forecast import EngineForecast
 from gateway.ledger import Ledger
+from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
 from gateway.pace import Pace
 from gateway.prefixes import PrefixIndex
@@ -34,6 +35,7 @@ class Worker(msgspec.Struct, kw_only=True):
 
     name: str
     model: ModelInfo
+    limit: SequenceLimit
     load: Load = Load()
     is_draining: bool = False
     """It says so itself."""
@@ -60,7 +62,7 @@ class Worker(msgspec.Struct, kw_only=True):
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""
         if self.is_draining or self.is_leaving:
             return 0
-        return self.model.max_sequences - ledger.sequences_on(self.name)
+        return max(0, self.limit.value - ledger.sequences_on(self.name))
 
     def weight(self, now_ns: int) -> float:
         """Rises to 1 while a new worker's caches fill."""
@@ -95,14 +97,13 @@ def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: in
     best: tuple[bool, float, int] | None = None
     chosen: Route | None = None
     for worker in _trusted([worker for worker in workers if not worker.is_leaving], now_ns):
-        room = worker.room(ledger)
+        room, batch = worker.room(ledger), ledger.sequences_on(worker.name)
         slots = worker.model.max_sequences
-        if room < ticket.sequences and not (room > 0 and room == slots):
+        if room < ticket.sequences and (batch or not room):
             continue
         matched_share = worker.matched_share(ticket)
         cached_tokens = int(ticket.input_tokens * matched_share * worker.prefixes.trust)
         uncached = ticket.input_tokens - cached_tokens + 1
-        batch = slots - room
         cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.unstarted_tokens
         # A worker with more slots is a faster one, as far as anybody here knows.
         rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), _distance(ticket, worker))

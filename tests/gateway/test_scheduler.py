@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.ledger import Lease, Ledger
+from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
 from gateway.router import Worker, choose
 from gateway.scheduler import Placements, Scheduler
@@ -71,7 +72,8 @@ def test_books_of_a_worker_add_up() -> None:
 
 
 def worker(name: str, slots: int = 4, **facts: object) -> Worker:
-    return Worker(name=name, model=model_info(max_sequences=slots), **facts)  # type: ignore[arg-type]
+    model, limit = model_info(max_sequences=slots), SequenceLimit(slots)
+    return Worker(name=name, model=model, limit=limit, **facts)  # type: ignore[arg-type]
 
 
 def chosen(workers: list[Worker], ledger: Ledger, now_ns: int = 0, **facts: object) -> str | None:
@@ -107,6 +109,18 @@ def test_request_larger_than_a_worker_waits_for_an_empty_one() -> None:
     assert chosen([worker("w", 4)], ledger, sequences=16) == "w"
     ledger.acquire(Lease(request=1, worker="w", sequences=1, tokens=1))
     assert chosen([worker("w", 4)], ledger, sequences=16) is None
+
+
+def test_worker_at_its_limit_waits_and_one_that_is_empty_takes_any_request() -> None:
+    ledger = Ledger()
+    limited = worker("w", 4)
+    limited.limit.stepped(Load(running=4))
+    limited.limit.stepped(Load(running=3, preemptions=1))
+    assert limited.limit.value == 2
+    assert chosen([limited], ledger, sequences=3) == "w"
+    ledger.acquire(Lease(request=1, worker="w", sequences=2, tokens=1))
+    assert limited.room(ledger) == 0
+    assert chosen([limited], ledger) is None
 
 
 # ---------------------------------------------------------------- scheduler
