@@ -19,6 +19,8 @@ from protos.core.errors import ConfigError, Forbidden, InvalidRequest, RequestEr
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 ANONYMOUS = "anonymous"
+MOST_CLAIMED = 10_000
+"""Books are kept for each tenant: clients without keys share one name when they have thought of so many."""
 KEY_PREFIX = "tg-"
 HASH_PREFIX = "sha256:"
 NAME_PATTERN = r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$"
@@ -75,6 +77,8 @@ class TenantTable:
         if not self.bands or len(self._band_numbers) != len(self.bands):
             raise ConfigError("gateway.bands: needs at least one band, each name once")
         self._names_by_hash: dict[str, str] = {}
+        self._claimed: set[str] = set()
+        """Names that clients without keys gave themselves."""
         for name, tenant in self.tenants.items():
             self._check(name, tenant)
         self._anonymous = Tenant(max_priority=self.bands[0].name)
@@ -119,6 +123,11 @@ class TenantTable:
             return ANONYMOUS
         if not _is_name(claimed):
             return InvalidRequest(f"{telemetry.TENANT}: must match {NAME_PATTERN}", param=telemetry.TENANT)
+        if claimed in self.tenants or claimed in self._claimed:
+            return claimed
+        if len(self._claimed) >= MOST_CLAIMED:
+            return ANONYMOUS
+        self._claimed.add(claimed)
         return claimed
 
     def band_number(self, tenant: Tenant, asked: str | int | None) -> int | RequestError:

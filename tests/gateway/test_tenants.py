@@ -3,9 +3,9 @@
 import pytest
 
 from gateway.calls import parse_chat
-from gateway.identity import identify
+from gateway.identity import authorization, identify
 from gateway.settings import Limits
-from gateway.tenants import DEFAULT_BANDS, Band, Tenant, TenantTable, hash_key, new_key
+from gateway.tenants import ANONYMOUS, DEFAULT_BANDS, MOST_CLAIMED, Band, Tenant, TenantTable, hash_key, new_key
 from gateway.terms import Terms, agree, check_model
 from protos.core.errors import ConfigError, Forbidden, InvalidRequest, Unauthenticated
 
@@ -134,3 +134,33 @@ def test_a_table_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(ConfigError, match=words):
         TenantTable(bands, tenants)
+
+
+@pytest.mark.parametrize("name", ["", " ", "a b", "../etc", "é", "\udcff", "a" * 65, "-a", "a\n", "a, b"])
+def test_a_name_that_no_tenant_can_have_is_refused(name: str) -> None:
+    refusal = OPEN.authenticate(None, name)
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.param == "x-tidegate-tenant"
+    assert isinstance(TABLE.authenticate(f"Bearer {KEY}", name), Forbidden)
+
+
+def test_names_that_clients_make_up_are_bounded() -> None:
+    table = TenantTable(DEFAULT_BANDS, {"known": Tenant()})
+    names = {table.authenticate(None, f"t{number}") for number in range(MOST_CLAIMED + 100)}
+    assert len(names) == MOST_CLAIMED + 1
+    assert ANONYMOUS in names
+    assert table.authenticate(None, "t5") == "t5"
+    assert table.authenticate(None, "known") == "known"
+
+
+@pytest.mark.parametrize("header", ["x-tidegate-tenant", "x-tidegate-ttft-ms", "x-tidegate-priority"])
+def test_a_header_that_was_sent_twice_is_none_of_its_values(header: str) -> None:
+    values = {"x-tidegate-tenant": ("a", "b"), "x-tidegate-ttft-ms": ("5", "6"), "x-tidegate-priority": ("batch",) * 2}
+    identity = identify([(header.encode(), value.encode()) for value in values[header]])
+    found = {identity.tenant, identity.ttft_ms, identity.priority} - {None}
+    assert found == {", ".join(values[header])}
+
+
+def test_two_keys_are_none() -> None:
+    headers = [(b"authorization", f"Bearer {KEY}".encode()), (b"authorization", b"Bearer other")]
+    assert isinstance(TABLE.authenticate(authorization(headers), None), Unauthenticated)
