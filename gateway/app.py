@@ -16,10 +16,12 @@ from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render
 from gateway.calls import parse_chat, parse_completion, parse_generate
 from gateway.fleet import Fleet
 from gateway.openapi import operator_document, public_document
+from gateway.operator import worker_routes, worker_states
 from gateway.pipeline import Endpoint, Pipeline
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import InvalidRequest, RequestError, Unavailable
 
 log = logging.getLogger("tidegate.gateway")
@@ -63,7 +65,7 @@ def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, limits: L
 def operator_app(
     pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Recorder, registry: CollectorRegistry
 ) -> Litestar:
-    """Metrics, state and the probes."""
+    """Metrics, state, workers and the probes."""
 
     @get("/metrics", sync_to_thread=False)
     def metrics() -> Response[bytes]:
@@ -73,7 +75,8 @@ def operator_app(
     def state() -> dict[str, Any]:
         return _state(pipeline, fleet, scheduler, recorder)
 
-    return _app([metrics, state, *_probes(pipeline, fleet), _published(operator_document)])
+    workers = worker_routes(fleet, scheduler, SYSTEM_CLOCK)
+    return _app([metrics, state, workers, *_probes(pipeline, fleet), _published(operator_document)])
 
 
 def _app(handlers: list[Any]) -> Litestar:
@@ -158,19 +161,7 @@ def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Rec
         "leases": len(scheduler.ledger),
         "queue": scheduler.depths(),
         "tenants": pipeline.tenants_in_use(),
-        "workers": [
-            {
-                "address": session.address,
-                "state": session.state,
-                "name": session.welcome.worker if session.welcome else None,
-                "boot_id": session.welcome.boot_id if session.welcome else None,
-                "model": session.welcome.model if session.welcome else None,
-                "last_error": session.last_error,
-                "leases": scheduler.ledger.held_by(session.name).requests,
-                "load": session.load,
-            }
-            for session in fleet.sessions.values()
-        ],
+        "workers": worker_states(fleet, scheduler, SYSTEM_CLOCK),
         "capture": capture,
         "traces": {"exported": exported, "dropped": dropped},
     }
@@ -189,7 +180,7 @@ def _explain_http(request: Request[Any, Any, Any], error: HTTPException) -> Resp
 
 
 def _explain_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | InvalidRequest):
         return _refuse(error)
     log.error("bug while answering %s", request.scope["path"], exc_info=error)
     return _refuse(Bug("internal error"))

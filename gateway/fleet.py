@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import functools
+import logging
 from collections.abc import Callable, Sequence
 
+from gateway import dns
 from gateway.breaker import Verdict
+from gateway.members import CONFIGURATION, NAME_PREFIX, Members, WorkerList, read_workers
 from gateway.scheduler import Scheduler
 from gateway.session import WorkerSession
 from gateway.upstream import Upstream
@@ -13,25 +17,138 @@ from protos.core.clock import Clock
 from protos.core.contract import Load, ModelInfo, Welcome
 from protos.core.errors import ProtocolMismatch
 
+log = logging.getLogger("tidegate.gateway")
+
+RETIRE_SECONDS = 0.1
+
 
 class Fleet:
-    """Owns the sessions. `on_room` is called when a worker may take more, `on_loss` when one has left."""
+    """Owns the sessions. `on_room` is called when a worker may take more, `on_loss` when one has left.
+
+    `run` keeps one session open to each member. A worker that is no longer one gets no more requests, and its session
+    is closed when its running ones have ended.
+    """
 
     def __init__(
-        self, addresses: Sequence[str], *, gateway: str, version: str, clock: Clock, scheduler: Scheduler
+        self,
+        workers: Sequence[str],
+        *,
+        gateway: str,
+        version: str,
+        clock: Clock,
+        scheduler: Scheduler,
+        resolve: dns.Resolve = dns.resolve,
     ) -> None:
+        """`workers` are entries of `gateway.workers`. Raises ConfigError."""
         self._scheduler = scheduler
         self._clock = clock
+        self._new_session = functools.partial(
+            WorkerSession, gateway=gateway, version=version, clock=clock, listener=self
+        )
+        self._resolve = resolve
         self.on_room: Callable[[], None] = _nothing
         self.on_loss: Callable[[], None] = _nothing
-        self.sessions = {
-            address: WorkerSession(address, gateway=gateway, version=version, clock=clock, listener=self)
-            for address in addresses
-        }
+        self.members = Members()
+        """Changed through the methods below."""
+        self.sessions: dict[str, WorkerSession] = {}
+        self._tasks: asyncio.TaskGroup | None = None
+        self._running: dict[str, asyncio.Task[None]] = {}
+        self._retiring: dict[str, asyncio.Task[None]] = {}
+        """Wait for what runs on them; may be taken back."""
+        self._closing: set[str] = set()
+        """Cannot be taken back."""
+        self._watches: dict[str, asyncio.Task[None]] = {}
+        self._names: tuple[str, ...] = ()
         self._changed = asyncio.Event()
+        self.configure(read_workers(workers))
 
-    def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
-        return [tasks.create_task(session.run()) for session in self.sessions.values()]
+    async def run(self) -> None:
+        """Until it is cancelled."""
+        async with asyncio.TaskGroup() as self._tasks:
+            self._reconcile()
+            await asyncio.get_running_loop().create_future()
+
+    # -- members
+
+    def configure(self, workers: WorkerList) -> None:
+        """What the configuration says now."""
+        for name in set(self._names) - set(workers.names):
+            self.members.silence(NAME_PREFIX + name)
+        self._names = workers.names
+        self.members.name(CONFIGURATION, workers.addresses)
+        self._reconcile()
+
+    def add(self, address: str) -> None:
+        """Connect to a worker, or use it again."""
+        self.members.add(address)
+        self._reconcile()
+
+    def drain(self, address: str) -> None:
+        """Send a worker no more requests; `add` takes it back."""
+        self.members.drain(address)
+        self._reconcile()
+
+    def remove(self, address: str) -> None:
+        """Drain a worker, then forget it."""
+        self.members.remove(address)
+        self._reconcile()
+
+    def is_leaving(self, address: str) -> bool:
+        return address in self._retiring or address in self._closing
+
+    def _reconcile(self) -> None:
+        """Make sessions and watches what members say. Nothing runs before `run`."""
+        wanted = self.members.wanted
+        for address in wanted:
+            if address not in self.sessions:
+                self.sessions[address] = self._new_session(address)
+            elif address in self._retiring:
+                self._retiring.pop(address).cancel()
+        if self._tasks is not None:
+            self._start_and_stop(self._tasks, wanted)
+        for address in self.sessions:
+            self._mark(address)
+        self.on_loss()
+        self.on_room()
+
+    def _start_and_stop(self, tasks: asyncio.TaskGroup, wanted: Sequence[str]) -> None:
+        for address, session in self.sessions.items():
+            if address in self._closing:
+                continue
+            if address not in self._running:
+                self._running[address] = tasks.create_task(session.run())
+            if address not in wanted and address not in self._retiring:
+                self._retiring[address] = tasks.create_task(self._retire(address))
+        for name in set(self._watches) - set(self._names):
+            self._watches.pop(name).cancel()
+        for name in self._names:
+            if name not in self._watches:
+                tell = functools.partial(self._found, name)
+                self._watches[name] = tasks.create_task(dns.watch(name, tell, self._resolve))
+
+    def _found(self, name: str, addresses: list[str]) -> None:
+        if self.members.name(NAME_PREFIX + name, addresses):
+            log.info("workers at %s: %s", name, ", ".join(addresses) or "none")
+            self._reconcile()
+
+    async def _retire(self, address: str) -> None:
+        """Close a session when nothing runs on it; until then the worker may be wanted again."""
+        while self._scheduler.ledger.sequences_on(address):  # noqa: ASYNC110 rare, and nobody else must know of it
+            await asyncio.sleep(RETIRE_SECONDS)
+        del self._retiring[address]
+        self._closing.add(address)
+        running = self._running.pop(address)
+        running.cancel()
+        await asyncio.wait([running])
+        self.sessions.pop(address).close("no longer a worker of this gateway")
+        self._scheduler.worker_forgotten(address)
+        self._closing.discard(address)
+        self._reconcile()
+
+    def _mark(self, address: str) -> None:
+        """Tell the scheduler whether a connected worker may get requests."""
+        if self.sessions[address].state == "ready":
+            self._scheduler.worker_leaving(address, self.is_leaving(address) or self.members.is_drained(address))
 
     @property
     def is_ready(self) -> bool:
@@ -50,8 +167,8 @@ class Fleet:
 
     def upstream(self, worker: str) -> Upstream | None:
         """The connected worker, or None when it has left."""
-        session = self.sessions[worker]
-        return session if session.state == "ready" else None
+        session = self.sessions.get(worker)
+        return session if session is not None and session.state == "ready" else None
 
     def model_of(self, worker: str) -> ModelInfo:
         welcome = self.sessions[worker].welcome
@@ -64,6 +181,7 @@ class Fleet:
         self._scheduler.worker_joined(
             session.name, welcome.model, boot_id=welcome.boot_id, now_ns=self._clock.mono_ns()
         )
+        self._mark(session.name)
         self._changed.set()
         self.on_room()
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import inspect
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +13,7 @@ import msgspec
 
 from gateway import shapes
 from gateway.calls import LATE_FIELDS, ChatBody, CompletionBody, GenerateBody
+from gateway.operator import NewWorker, UnknownWorker
 from gateway.settings import Limits
 from gateway.tenants import NAME_PATTERN, Band
 from gateway.terms import MILLISECONDS
@@ -32,6 +35,7 @@ from protos.core.errors import (
 Json = dict[str, Any]
 JSON, EVENTS = "application/json", "text/event-stream"
 SCHEMAS = "#/components/schemas/{name}"
+PATH_PARAMETER = re.compile(r"{(\w+)}")
 
 
 class Operation(msgspec.Struct, frozen=True, kw_only=True):
@@ -123,6 +127,29 @@ PUBLIC = (
 OPERATOR = (
     Operation(path="/metrics", summary="Prometheus metrics.", answers={200: None}, media_type="text/plain"),
     Operation(path="/admin/state", summary="Queue, workers, tenants, capture.", answers={200: dict[str, Any]}),
+    Operation(path="/admin/workers", summary="The workers.", answers={200: list[shapes.WorkerState]}),
+    Operation(
+        method="post",
+        path="/admin/workers",
+        summary="Connect to a worker, or use a drained one again.",
+        answers={201: shapes.WorkerState},
+        body=NewWorker,
+        refusals=(InvalidRequest,),
+    ),
+    Operation(
+        method="post",
+        path="/admin/workers/{address}/drain",
+        summary="Send a worker no more requests; its running ones go on.",
+        answers={200: shapes.WorkerState},
+        refusals=(UnknownWorker,),
+    ),
+    Operation(
+        method="delete",
+        path="/admin/workers/{address}",
+        summary="Drain a worker, then forget it.",
+        answers={202: shapes.WorkerState},
+        refusals=(UnknownWorker,),
+    ),
     *PROBES,
 )
 
@@ -164,11 +191,15 @@ def _operation(operation: Operation) -> Json:
         "responses": {str(status): _answer(operation, status, kind) for status, kind in operation.answers.items()}
         | {str(error.http_status): _refer("responses", error.__name__) for error in operation.refusals},
     }
-    if operation.parameters:
-        described["parameters"] = [
-            {"name": name, "in": "header", "description": REQUEST_HEADERS[name][0], "schema": REQUEST_HEADERS[name][1]}
-            for name in operation.parameters
-        ]
+    parameters = [
+        {"name": name, "in": "path", "required": True, "schema": TEXT}
+        for name in PATH_PARAMETER.findall(operation.path)
+    ] + [
+        {"name": name, "in": "header", "description": REQUEST_HEADERS[name][0], "schema": REQUEST_HEADERS[name][1]}
+        for name in operation.parameters
+    ]
+    if parameters:
+        described["parameters"] = parameters
     if operation.body is not None:
         described["requestBody"] = {"required": True, "content": {JSON: {"schema": _schema(operation.body)}}}
     return described
@@ -207,7 +238,7 @@ def _refusal(error: type[RequestError]) -> Json:
         reason = ("Why.", {**TEXT, "enum": list(REASONS[error])})
         headers |= RETRY_HEADER | {telemetry.REJECT_REASON: reason}
     return {
-        "description": ERRORS[error],
+        "description": ERRORS.get(error) or inspect.getdoc(error),
         "headers": _headers(headers),
         "content": {JSON: {"schema": _schema(shapes.Error)}},
     }

@@ -1,6 +1,7 @@
 """The configuration read again while the gateway serves: on SIGHUP, and when the file changes.
 
-All or nothing: tenants and bands are replaced together, and a file that does not parse changes nothing and says why.
+All or nothing: tenants, bands and workers are replaced together, and a file that does not parse changes nothing and
+says why.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import signal
 from collections.abc import Callable
 from pathlib import Path
 
+from gateway.fleet import Fleet
+from gateway.members import read_workers
 from gateway.pipeline import Pipeline
 from gateway.settings import GatewaySettings
 from gateway.tenants import TenantTable
@@ -29,7 +32,7 @@ class Reload:
         self._file = file
         self._seen = self._stamp()
 
-    async def run(self, pipeline: Pipeline) -> None:
+    async def run(self, pipeline: Pipeline, fleet: Fleet) -> None:
         asked = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, asked.set)
         while True:
@@ -41,12 +44,13 @@ class Reload:
                     continue
             asked.clear()
             self._seen = self._stamp()
-            self._apply(pipeline)
+            self._apply(pipeline, fleet)
 
-    def _apply(self, pipeline: Pipeline) -> None:
+    def _apply(self, pipeline: Pipeline, fleet: Fleet) -> None:
         try:
             settings = self._read()
             tenants = TenantTable(settings.bands, settings.tenants)
+            workers = read_workers(settings.workers)
             if pipeline.tenants.has_keys and not tenants.has_keys:
                 raise ConfigError("gateway.tenants: the last API key is gone; stop the gateway to serve without keys")
             if len(tenants.bands) < len(pipeline.tenants.bands):
@@ -55,7 +59,12 @@ class Reload:
             log.error("configuration not changed: %s", error)
             return
         pipeline.tenants = tenants
-        log.info("configuration read again: %d tenants; other keys take effect at the next start", len(tenants.tenants))
+        fleet.configure(workers)
+        log.info(
+            "configuration read again: %d tenants, %d workers; other keys take effect at the next start",
+            len(tenants.tenants),
+            len(fleet.members.wanted),
+        )
 
     def _stamp(self) -> tuple[int, int] | None:
         """(modified, inode) of the file: an editor that replaces it is seen, too."""

@@ -99,9 +99,8 @@ async def _serve(
             tasks=tasks,
             clock=SYSTEM_CLOCK,
         )
-        sessions = fleet.start(tasks)
+        background = [tasks.create_task(fleet.run()), tasks.create_task(reload.run(pipeline, fleet))]
         refusal = tasks.create_task(_refusal(fleet, stop))
-        sessions.append(tasks.create_task(reload.run(pipeline)))
         servers = [
             Server(public_app(pipeline, fleet, scheduler, settings.limits)),
             Server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
@@ -122,7 +121,7 @@ async def _serve(
         for server in servers:
             server.should_exit = True
         await asyncio.wait(running)
-        for task in (*sessions, refusal):
+        for task in (*background, refusal):
             task.cancel()
     if not refusal.cancelled() and (mismatch := refusal.result()):
         raise mismatch

@@ -364,6 +364,10 @@ class Scheduler:
         elif step is not None:
             worker.pace.stepped(step.duration_ns, has_prefill=step.has_prefill)
 
+    def worker(self, name: str) -> Worker | None:
+        """None where it is not connected."""
+        return self._workers.get(name)
+
     @property
     def workers(self) -> list[Worker]:
         return list(self._workers.values())

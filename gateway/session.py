@@ -148,6 +148,10 @@ class WorkerSession:
                 await asyncio.sleep(wait_s * random.uniform(0.5, 1.0))
                 backoff_s = min(backoff_s * 2, BACKOFF_SECONDS[1])
 
+    def close(self, reason: str) -> None:
+        """Nobody wants the worker any more. Call it when `run` has been cancelled and has ended."""
+        self._end(reason)
+
     async def _connect_once(self) -> str:
         """One session from connect to loss; returns why it ended."""
         self.mismatch = None

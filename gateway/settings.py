@@ -56,7 +56,7 @@ class GatewaySettings(msgspec.Struct, frozen=True, kw_only=True):
     operator_host: str = "127.0.0.1"
     operator_port: Port = 8001
     workers: tuple[str, ...] = ("127.0.0.1:9101",)
-    """HOST:PORT of each engine worker."""
+    """HOST:PORT of each engine worker; dns://NAME:PORT is all addresses behind a name, asked for every 5 s."""
     limits: Limits = Limits()
     bands: tuple[Band, ...] = DEFAULT_BANDS
     """Priority bands, the top one first."""

@@ -7,6 +7,8 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from protos.core.contract import Load, ModelInfo
+
 
 class ErrorDetail(msgspec.Struct):
     message: str
@@ -176,6 +178,32 @@ class Model(msgspec.Struct):
 class ModelList(msgspec.Struct):
     object: Literal["list"]
     data: list[Model]
+
+
+class WorkerState(msgspec.Struct, kw_only=True):
+    """One worker, as the gateway sees it."""
+
+    address: str
+    sources: list[str]
+    """Who names it: the configuration, a name in DNS, the operator."""
+    state: Literal["connecting", "ready", "refused"]
+    is_leaving: bool
+    """It is removed when its running requests have ended."""
+    is_drained: bool
+    """The operator keeps requests from it."""
+    name: str | None
+    boot_id: str | None
+    model: ModelInfo | None
+    last_error: str
+    leases: int
+    load: Load
+    breaker: Literal["closed", "open", "half-open"] | None
+    weight: float | None
+    """Below 1 while it warms up."""
+    prefix_bytes: int | None
+    """Of prompts that it is thought to have cached."""
+    prefix_trust: float | None
+    """How much of what was expected it had."""
 
 
 class Health(msgspec.Struct):

@@ -4,10 +4,13 @@ import asyncio
 import signal
 from pathlib import Path
 
+from gateway.fleet import Fleet
 from gateway.reload import Reload
+from gateway.scheduler import Scheduler
 from gateway.settings import GatewaySettings, Limits
 from gateway.tenants import DEFAULT_BANDS, Tenant, TenantTable, new_key
 from protos.core import settings
+from protos.core.clock import SYSTEM_CLOCK
 from protos.core.record import Outcome
 from tests.gateway.fakes import chat_body, gateway, in_virtual_time, settle_down
 
@@ -130,7 +133,8 @@ async def test_a_changed_file_replaces_the_tenants_and_a_bad_one_changes_nothing
         tenants = TenantTable(read().bands, read().tenants)
 
     holder = Holder()
-    reload = asyncio.ensure_future(Reload(read, file).run(holder))  # type: ignore[arg-type]
+    fleet = Fleet((), gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=Scheduler())
+    reload = asyncio.ensure_future(Reload(read, file).run(holder, fleet))  # type: ignore[arg-type]
     await asyncio.sleep(0)
     try:
         write(file, 7)

@@ -1,0 +1,108 @@
+"""Workers that join and leave a gateway process: by the admin API, and by a changed configuration."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.gateway.processes import GatewayProcess, WorkerProcess, http_request, read_to_end, read_until, wait_for
+
+FIRST, SECOND = "tide-first", "tide-second"
+
+
+@pytest.fixture(scope="module")
+def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    folder = tmp_path_factory.mktemp("workers")
+    both = WorkerProcess(folder / "first", FIRST, 5), WorkerProcess(folder / "second", SECOND, 50)
+    try:
+        yield both[0].address, both[1].address
+    finally:
+        for worker in both:
+            worker.kill()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("gateway")
+
+
+@pytest.fixture(scope="module")
+def g(workers: tuple[str, str], folder: Path) -> Iterator[GatewayProcess]:
+    gateway = GatewayProcess(folder, config=f'workers = ["{workers[0]}"]\n')
+    try:
+        yield gateway.start(1)
+    finally:
+        gateway.kill()
+
+
+def ask(g: GatewayProcess, method: str, path: str, body: Any = None) -> tuple[int, Any]:
+    headers = {"content-type": "application/json"}
+    status, _, data = g.request(method, path, body, headers, operator=True)
+    return status, json.loads(data)
+
+
+def models(g: GatewayProcess) -> set[str]:
+    return {model["id"] for model in json.loads(g.request("GET", "/v1/models")[2])["data"]}
+
+
+def stream(g: GatewayProcess, model: str, tokens: int) -> bytes:
+    return http_request(
+        "/v1/completions", {"model": model, "prompt": "x", "max_tokens": tokens, "stream": True}, "Connection: close"
+    )
+
+
+def test_worker_is_added_and_removed_without_cutting_its_stream(g: GatewayProcess, workers: tuple[str, str]) -> None:
+    status, added = ask(g, "POST", "/admin/workers", {"address": workers[1]})
+    assert (status, added["sources"]) == (201, ["operator"])
+    wait_for(lambda: models(g) == {FIRST, SECOND}, "the new worker's model is served")
+    connection = g.raw(stream(g, SECOND, 12))
+    start = read_until(connection, b"data: ")
+    status, leaving = ask(g, "DELETE", f"/admin/workers/{workers[1]}")
+    assert (status, leaving["is_leaving"], leaving["leases"]) == (202, True, 1)
+    status, headers, _ = g.request("POST", "/generate", {"model": SECOND, "prompt": "x"})
+    assert (status, headers["x-tidegate-reject-reason"]) == (503, "no_worker")
+    rest = start + read_to_end(connection)
+    assert b'"error"' not in rest
+    assert b"data: [DONE]" in rest
+    wait_for(lambda: len(ask(g, "GET", "/admin/workers")[1]) == 1, "the worker is forgotten")
+
+
+def test_drained_worker_is_taken_back(g: GatewayProcess, workers: tuple[str, str]) -> None:
+    status, drained = ask(g, "POST", f"/admin/workers/{workers[0]}/drain")
+    assert (status, drained["is_drained"], drained["state"]) == (200, True, "ready")
+    assert g.request("POST", "/generate", {"model": FIRST, "prompt": "x"})[0] == 503
+    assert ask(g, "POST", "/admin/workers", {"address": workers[0]})[1]["sources"] == ["configuration"]
+    assert g.request("POST", "/generate", {"model": FIRST, "prompt": "x"})[0] == 200
+
+
+def test_operators_mistakes_are_named(g: GatewayProcess) -> None:
+    mistakes: list[tuple[str, str, Any, int]] = [
+        ("POST", "/admin/workers", {"address": "no port"}, 400),
+        ("POST", "/admin/workers", {"address": "dns://x:1"}, 400),
+        ("POST", "/admin/workers", {"adress": "x:1"}, 400),
+        ("POST", "/admin/workers", b"{", 400),
+        ("POST", "/admin/workers/x:1/drain", None, 404),
+        ("DELETE", "/admin/workers/x:1", None, 404),
+        ("PUT", "/admin/workers", None, 405),
+    ]
+    for method, path, body, status in mistakes:
+        answer = ask(g, method, path, body)
+        assert (answer[0], answer[1]["error"]["type"]) == (status, "invalid_request_error"), (method, path, body)
+
+
+def test_changed_file_brings_workers_and_takes_them_away(
+    g: GatewayProcess, workers: tuple[str, str], folder: Path
+) -> None:
+    file = folder / "gateway.toml"
+    port = workers[1].rpartition(":")[2]
+    file.write_text(f'[gateway]\nworkers = ["{workers[0]}", "dns://localhost:{port}"]\n')
+    wait_for(lambda: models(g) == {FIRST, SECOND}, "the name's worker is served")
+    file.write_text(f'[gateway]\nworkers = ["{workers[0]}", "nonsense"]\n')
+    wait_for(lambda: "gateway.workers: 'nonsense'" in g.output, "the log says what is wrong")
+    assert models(g) == {FIRST, SECOND}
+    file.write_text(f'[gateway]\nworkers = ["{workers[1]}"]\n')
+    wait_for(lambda: models(g) == {SECOND}, "the first one is gone")
