@@ -196,6 +196,8 @@ class WorkerState(msgspec.Struct, kw_only=True):
     model: ModelInfo | None
     last_error: str
     leases: int
+    sequence_limit: int | None
+    """How many sequences it gets at once, at present."""
     load: Load
     breaker: Literal["closed", "open", "half-open"] | None
     weight: float | None
