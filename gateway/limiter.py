@@ -3,7 +3,7 @@
 An engine takes in what fits now, and preempts when the answers have grown: it throws away what it computed, and
 computes it again. A limit below that costs nothing, since those that wait here instead can still be ordered, refused
 and cancelled. Additive increase, multiplicative decrease (Chiu and Jain, 1989), in rounds of engine steps, so that a
-slow engine is given the time that it takes.
+slow engine is given the time that it takes. (How long steps may take is `gateway.pace`'s: it holds prompts back.)
 """
 
 from __future__ import annotations

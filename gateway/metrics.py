@@ -176,15 +176,21 @@ class StateCollector(Collector):
 
     def _workers(self) -> Iterator[Metric]:
         ready = GaugeMetricFamily("tidegate_worker_ready", "1 when the session is open", labels=("worker",))
+        limit = GaugeMetricFamily(
+            "tidegate_worker_sequence_limit", "Sequences that it is given at once", labels=("worker",)
+        )
         families = [
             (GaugeMetricFamily(f"tidegate_worker_{name}", text, labels=("worker",)), read)
             for name, text, read in WORKER_GAUGES
         ]
         for address, session in self._fleet.sessions.items():
             ready.add_metric((address,), session.state == "ready")
+            if (sequences := self._scheduler.sequence_limit(session.name)) is not None:
+                limit.add_metric((address,), sequences)
             for family, read in families:
                 family.add_metric((address,), read(session.load))
         yield ready
+        yield limit
         yield from (family for family, _ in families)
 
     def _pipes(self) -> Iterator[Metric]:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.limiter import CUT, ROUND_STEPS, SequenceLimit
 from protos.core.contract import Load
+from tests.gateway.processes import GatewayProcess, Process
 
 
 def load(running: int, *, waiting: int = 0, used: int = 50, preemptions: int = 0) -> Load:
@@ -97,3 +101,26 @@ def test_limit_stays_within_its_bounds(most: int, least: int, reports: list[tupl
         preemptions += preempted
         limit.stepped(load(running, waiting=waiting, used=used, preemptions=preemptions))
         assert min(least, most) <= limit.value <= most
+
+
+def test_worker_process_that_preempts_is_given_less_and_says_so(tmp_path: Path) -> None:
+    config = tmp_path / "engine.toml"
+    config.write_text("[engine]\nmax_model_len = 512\nmax_num_seqs = 64\n[engine.sim]\nstep_ms = 2\nkv_blocks = 48\n")
+    flags = ("--backend", "sim", "--profile", "instant", "--served-model-name", "m", "--port", "0")
+    worker = Process(tmp_path / "worker", "engine", "--config", str(config), *flags, ready=r"127\.0\.0\.1:(\d+)")
+    gateway = GatewayProcess(tmp_path / "gateway", f"127.0.0.1:{worker.wait_ready()[1]}")
+    try:
+        gateway.start(1)
+        body = {"model": "m", "prompt": "Tell me a tale", "max_tokens": 100, "ignore_eos": True}
+        with ThreadPoolExecutor(24) as clients:
+            answers = [clients.submit(gateway.request, "POST", "/v1/completions", body) for _ in range(24)]
+        assert [answer.result()[0] for answer in answers] == [200] * 24
+        (state,) = gateway.state()["workers"]
+        assert state["load"]["preemptions"] > 0
+        assert 1 <= state["sequence_limit"] < 24
+        metrics = gateway.request("GET", "/metrics", operator=True)[2].decode()
+        sample = f'tidegate_worker_sequence_limit{{worker="{state["address"]}"}} {state["sequence_limit"]}.0'
+        assert sample in metrics.splitlines()
+    finally:
+        gateway.kill()
+        worker.kill()
