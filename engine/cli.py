@@ -15,6 +15,7 @@ import msgspec
 import typer
 
 from engine import profile as profiles
+from engine.adapters import read_flag
 from engine.backend import Backend
 from engine.model import pull as pull_model
 from engine.model import pulled_models, resolve
@@ -37,6 +38,7 @@ def engine(
     backend: Annotated[str | None, typer.Option(help="vllm, or sim for a simulated engine.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Pulled model, path or hub name; default {DEFAULT_MODEL}.")] = None,
     served_model_name: Annotated[list[str] | None, typer.Option(help="Name for clients; repeatable.")] = None,
+    lora: Annotated[list[str] | None, typer.Option(help="NAME=PATH of a LoRA adapter; repeatable.")] = None,
     host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
     port: Annotated[int | None, typer.Option(help="Port to listen on; 0 takes a free one.")] = None,
     name: Annotated[str | None, typer.Option(help="Name of this worker in logs, headers and traces.")] = None,
@@ -53,6 +55,7 @@ def engine(
         "backend": backend,
         "model": model,
         "served_model_name": served_model_name,
+        "lora": read_flag(lora or []),
         "host": host,
         "port": port,
         "name": name,

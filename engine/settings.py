@@ -20,6 +20,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """Name of a pulled model, a path, or a name on the model hub."""
     served_model_name: list[str] = []
     """Names that clients use; the model's own where none is given."""
+    lora: dict[str, str] = {}
+    """Folders of LoRA adapters by the names that clients use, in section [engine.lora]."""
     host: str = "127.0.0.1"
     port: int = 9101
     name: str = "worker-1"
@@ -51,8 +53,17 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
 
     sim: SimParameters = SimParameters()
 
+    def __post_init__(self) -> None:
+        if taken := set(self.model_names) & self.lora.keys():
+            raise ValueError(f"lora: '{min(taken)}' is the name of the model")
+
     @property
-    def names(self) -> tuple[str, ...]:
-        """What clients may call the model; the first is its name in answers."""
+    def model_names(self) -> tuple[str, ...]:
+        """What clients may call the model itself."""
         is_path = self.model.startswith(("/", ".", "~"))
         return tuple(self.served_model_name) or (Path(self.model).name if is_path else self.model,)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What clients may ask for; the first is the model's name in answers."""
+        return (*self.model_names, *self.lora)

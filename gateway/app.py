@@ -137,6 +137,7 @@ def _models(scheduler: Scheduler, fleet: Fleet) -> list[dict[str, Any]]:
                     "object": "model",
                     "created": 0,
                     "owned_by": "tidegate",
+                    "parent": model.names[0] if name in model.adapters else None,
                     "max_model_len": model.context_tokens,
                     "tidegate": {
                         "backend": model.backend,

@@ -171,6 +171,8 @@ class Model(msgspec.Struct):
     object: Literal["model"]
     created: int
     owned_by: str
+    parent: str | None
+    """The model that an adapter belongs to."""
     max_model_len: int
     tidegate: ModelFacts
 

@@ -107,8 +107,9 @@ class SimBackend:
             return _nothing
         request = _Request(submit.slot, sink, received_ns, prompt_tokens)
         resumed_tokens = len(submit.resumed_token_ids)
+        adapter = submit.model if submit.model in self._settings.lora else ""
         for index in range(submit.sampling.n):
-            script = write_script(submit.prompt, submit.sampling, index, limit, self._parameters)
+            script = write_script(submit.prompt, submit.sampling, index, limit, self._parameters, adapter)
             if script.output_tokens <= resumed_tokens:
                 sink.finished(_said_already(request, script))
                 return _nothing
@@ -119,7 +120,7 @@ class SimBackend:
                     output_tokens=script.output_tokens - resumed_tokens,
                     priority=submit.priority,
                     block_hashes=hash_blocks(
-                        tokens + _answer_tokens(submit.prompt, script), self._parameters.kv_block_tokens
+                        tokens + _answer_tokens(submit.prompt, script), self._parameters.kv_block_tokens, adapter
                     ),
                     now_ns=time.monotonic_ns(),
                 )
@@ -265,6 +266,7 @@ class SimBackend:
             device="simulated",
             dtype="none",
             profile=settings.profile,
+            adapters=tuple(settings.lora),
         )
 
 

@@ -24,6 +24,7 @@ from typing import Any
 import msgspec
 
 from engine import step_log
+from engine.adapters import largest_rank
 from engine.backend import Cancel, Sink
 from engine.backends.vllm_load import LoadRecorder
 from engine.backends.vllm_plugin import WORKER_PID
@@ -123,6 +124,8 @@ class VllmBackend:
         self._numbers = itertools.count()
         self._context_tokens = 0
         self._sampling_defaults: dict[str, Any] = {}
+        self._adapters: dict[str, Any] = {}
+        """vLLM's LoRARequest by name."""
 
     async def start(self) -> ModelInfo:
         _set_environment(self._settings)
@@ -131,6 +134,7 @@ class VllmBackend:
         config = self._engine.vllm_config
         self._context_tokens = config.model_config.max_model_len
         self._sampling_defaults = config.model_config.get_diff_sampling_param()
+        self._adapters = _lora_requests(self._settings)
         self._recorder.kv_blocks = config.cache_config.num_gpu_blocks or 0
         return _model_info(self._settings, self._engine)
 
@@ -281,7 +285,11 @@ class VllmBackend:
         # A number of our own: two gateways may use the same request id, and vLLM aborts by it.
         name = f"{request.submit.request_id}-{next(self._numbers)}"
         outputs: AsyncGenerator[Any, None] = self._engine.generate(
-            prompt, params, name, priority=request.submit.priority
+            prompt,
+            params,
+            name,
+            priority=request.submit.priority,
+            lora_request=self._adapters.get(request.submit.model),
         )
         return outputs
 
@@ -354,7 +362,7 @@ def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:
     is_eager = is_cpu if settings.enforce_eager is None else settings.enforce_eager
     arguments: dict[str, Any] = {
         "model": source,
-        "served_model_name": list(settings.names),
+        "served_model_name": list(settings.model_names),
         "dtype": "float32" if settings.dtype == "auto" and is_cpu and _emulates_bf16() else settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel_size,
         "enforce_eager": is_eager,
@@ -366,7 +374,22 @@ def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:
         "gpu_memory_utilization": settings.gpu_memory_utilization,
         "kv_cache_memory_bytes": int(kv_cache_gib * 2**30) if kv_cache_gib else None,
     }
+    if settings.lora:
+        arguments |= {
+            "enable_lora": True,
+            "max_loras": len(settings.lora),
+            "max_lora_rank": largest_rank(settings.lora),
+        }
     return {name: value for name, value in arguments.items() if value is not None} | settings.vllm
+
+
+def _lora_requests(settings: EngineSettings) -> dict[str, Any]:
+    from vllm.lora.request import LoRARequest
+
+    return {
+        name: LoRARequest(name, number, str(Path(path).expanduser()))
+        for number, (name, path) in enumerate(settings.lora.items(), 1)
+    }
 
 
 def _emulates_bf16() -> bool:
@@ -408,6 +431,7 @@ def _model_info(settings: EngineSettings, engine: Any) -> ModelInfo:
         quantization=model.quantization or "",
         tensor_parallel=settings.tensor_parallel_size,
         profile=settings.profile,
+        adapters=tuple(settings.lora),
     )
 
 

@@ -35,11 +35,11 @@ def pack_ids(token_ids: tuple[int, ...]) -> bytes:
     return array("I", token_ids).tobytes()
 
 
-def hash_blocks(tokens: bytes, block_tokens: int) -> list[int]:
-    """A number of 0 and more for each full block, which stands for its tokens and all before them."""
+def hash_blocks(tokens: bytes, block_tokens: int, adapter: str = "") -> list[int]:
+    """A number of 0 and more for each full block, which stands for its tokens, all before them, and the adapter."""
     size = block_tokens * TOKEN_BYTES
     hashes: list[int] = []
-    before = 0
+    before = hash(adapter)
     for start in range(0, len(tokens) - size + 1, size):
         before = hash((before, tokens[start : start + size])) & 0x7FFF_FFFF_FFFF_FFFF
         hashes.append(before)

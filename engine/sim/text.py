@@ -68,10 +68,10 @@ class Script:
 
 
 def write_script(
-    prompt: Prompt, sampling: Sampling, choice: int, limit_tokens: int, parameters: SimParameters
+    prompt: Prompt, sampling: Sampling, choice: int, limit_tokens: int, parameters: SimParameters, adapter: str = ""
 ) -> Script:
     """Decide what a sequence says and why it ends; it says at least one and at most `limit_tokens` tokens."""
-    digest = _digest(prompt, sampling.seed or 0, choice)
+    digest = _digest(prompt, sampling.seed or 0, choice, adapter)
     script = Script(digest & _MASK, (digest >> 12) & _MASK | 1)
     length = _natural_length(digest >> 24, parameters.mean_output_tokens)
     shortest = min(sampling.min_tokens or 0, limit_tokens)
@@ -103,7 +103,7 @@ def _token_logprob(text: str, logprob: float) -> TokenLogprob:
     return TokenLogprob(text, logprob, text.encode())
 
 
-def _digest(prompt: Prompt, seed: int, choice: int) -> int:
+def _digest(prompt: Prompt, seed: int, choice: int, adapter: str) -> int:
     match prompt:
         case TextPrompt(text):
             data = text.encode(errors="surrogatepass")
@@ -111,7 +111,7 @@ def _digest(prompt: Prompt, seed: int, choice: int) -> int:
             data = repr(token_ids).encode()
         case ChatPrompt(messages_json, template_kwargs_json):
             data = messages_json + template_kwargs_json
-    salt = f"{seed}/{choice}".encode()
+    salt = f"{seed}/{choice}{adapter}".encode()
     return int.from_bytes(hashlib.blake2b(data + salt, digest_size=8).digest(), "little")
 
 

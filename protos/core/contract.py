@@ -106,6 +106,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     quantization: str = ""
     tensor_parallel: int = 1
     profile: str = ""
+    adapters: tuple[str, ...] = ()
+    """Those of `names` that are LoRA adapters of the first."""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):

@@ -355,6 +355,7 @@ def _model_to_pb(model: ModelInfo) -> pb.ModelInfo:
         quantization=model.quantization,
         tensor_parallel=model.tensor_parallel,
         profile=model.profile,
+        adapters=model.adapters,
     )
 
 
@@ -375,6 +376,7 @@ def _model_from_pb(message: pb.ModelInfo) -> ModelInfo:
         quantization=message.quantization,
         tensor_parallel=message.tensor_parallel,
         profile=message.profile,
+        adapters=tuple(message.adapters),
     )
 
 
