@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy.cli import app
+from gateway.members import read_workers
 from gateway.metrics import Metrics, StateCollector
 from gateway.settings import GatewaySettings, Limits
 from protos.core.clock import SYSTEM_CLOCK
@@ -118,11 +119,12 @@ def test_pods_outlive_a_drain() -> None:
 
 def test_clusters_gateway_knows_every_worker() -> None:
     objects = kubernetes()
-    workers = objects["StatefulSet", "tidegate-worker"]["spec"]
+    service = objects["Service", objects["StatefulSet", "tidegate-worker"]["spec"]["serviceName"]]
+    assert service["spec"]["clusterIP"] == "None"
     args = objects["Deployment", "tidegate-gateway"]["spec"]["template"]["spec"]["containers"][0]["args"]
-    assert [argument for argument in args if argument.startswith("--worker=")] == [
-        f"--worker=tidegate-worker-{number}.{workers['serviceName']}:9101" for number in range(workers["replicas"])
-    ]
+    (workers,) = (argument.removeprefix("--worker=") for argument in args if argument.startswith("--worker="))
+    port = service["spec"]["ports"][0]["port"]
+    assert read_workers([workers]).names == (f"{service['metadata']['name']}:{port}",)
 
 
 def expressions() -> Iterator[str]:
