@@ -69,6 +69,7 @@ def operator_app(
 
     @get("/metrics", sync_to_thread=False)
     def metrics() -> Response[bytes]:
+        recorder.flush()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
     @get("/admin/state", sync_to_thread=False)
@@ -152,6 +153,7 @@ def _models(scheduler: Scheduler, fleet: Fleet) -> list[dict[str, Any]]:
 
 
 def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Recorder) -> dict[str, Any]:
+    recorder.flush()
     capture = recorder.capture_stats()
     exported, dropped = recorder.trace_counts()
     return {

@@ -38,6 +38,7 @@ class Outlet:
         "is_started",
         "on_closed",
         "on_drained",
+        "on_left",
     )
 
     def __init__(
@@ -57,13 +58,31 @@ class Outlet:
         """Called when a full socket takes data again."""
         self.on_closed: Callable[[], None] = _nothing
         """Called when `raw` must not be used any more: the socket is full, or the client is gone."""
+        self.on_left: Callable[[], None] = _nothing
+        """Called when the client is gone, where `tells_of_leaving`."""
+        if wire is not None:
+            wire.on_left = self._leave
+
+    @property
+    def tells_of_leaving(self) -> bool:
+        """Without a wire, only ASGI's `receive` knows."""
+        return self._wire is not None
+
+    @property
+    def is_left(self) -> bool:
+        """The client is known to be gone."""
+        return self._wire is not None and self._wire.is_left
+
+    def take_body(self) -> bytes | None:
+        """The request's body, where all of it has come and nobody has to wait for it."""
+        return None if self._wire is None else self._wire.take_body()
 
     def start(self, status: int, headers: Headers) -> None:
         assert not self.is_started, "a response starts once"
         self.is_started = True
         self._run(self._send, {"type": "http.response.start", "status": status, "headers": headers})
         if self._wire is not None:
-            self._wire.on_full, self._wire.on_left = self._block, self.on_closed
+            self._wire.on_full = self._block
             if self._wire.is_full and not self.is_blocked:
                 self._block()
 
@@ -93,6 +112,8 @@ class Outlet:
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
         self._let_go()
+        if self._wire is not None:
+            self._wire.on_left = _nothing
         if self._drainer is not None and self.is_blocked:
             self._drainer.cancel()
             self._note_unblocked()
@@ -117,7 +138,11 @@ class Outlet:
         """Nothing follows that a full socket would hold up."""
         self.on_closed()
         if self._wire is not None:
-            self._wire.on_full = self._wire.on_left = _nothing
+            self._wire.on_full = _nothing
+
+    def _leave(self) -> None:
+        self.on_closed()
+        self.on_left()
 
     def _wait(self, writing: Awaitable[None]) -> None:
         self.is_blocked = True

@@ -191,7 +191,7 @@ class Pipeline:
         grant = self._claim(exchange, call)
         if isinstance(grant, RequestError):
             return grant
-        exchange.watcher = self._tasks.create_task(_watch(receive, exchange))
+        self._watch(exchange, receive)
         try:
             return await self._queue_and_attempt(exchange, call, terms)
         finally:
@@ -237,6 +237,9 @@ class Pipeline:
         limit = self._limits.body_bytes
         if _content_length(headers) > limit:
             return _too_large(limit)
+        body = exchange.outlet.take_body()
+        if body is not None:
+            return body if len(body) <= limit else _too_large(limit)
         try:
             async with asyncio.timeout(BODY_SECONDS) as exchange.patience:
                 return await _receive_parts(receive, limit)
@@ -246,6 +249,16 @@ class Pipeline:
             return BodyTimeout(f"the body did not arrive within {BODY_SECONDS:.0f} s")
         finally:
             exchange.patience = None
+
+    def _watch(self, exchange: Exchange, receive: Receive) -> None:
+        """After the body, what the client can still do is leave."""
+        outlet = exchange.outlet
+        if not outlet.tells_of_leaving:
+            exchange.watcher = self._tasks.create_task(_watch(receive, exchange))
+        elif outlet.is_left:
+            exchange.signal(Gone())
+        else:
+            outlet.on_left = functools.partial(exchange.signal, Gone())
 
     # -- admit
 

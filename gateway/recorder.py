@@ -1,12 +1,22 @@
-"""Where a settled request goes: one record, three views (metrics, capture, traces). Nothing here holds up a request."""
+"""Where a settled request goes: one record, three views (metrics, capture, traces). Nothing here holds up a request.
+
+Requests wait for each other for BATCH_SECONDS: the records of several, made one after another, cost a fraction of what
+each costs between the tokens of others, where nothing that it needs is in the processor's cache.
+"""
 
 from __future__ import annotations
+
+import asyncio
+import collections
 
 from gateway.exchange import Exchange
 from gateway.metrics import Metrics
 from gateway.tracing import TraceWriter
 from protos.core.capture import CaptureItem, CaptureWriter
 from protos.core.journal import JournalStats
+
+BATCH_SECONDS = 0.1
+BATCH_REQUESTS = 64
 
 
 class Recorder:
@@ -16,9 +26,27 @@ class Recorder:
         self._metrics = metrics
         self._capture = capture
         self._traces = traces
+        self._settled: collections.deque[Exchange] = collections.deque()
+        self._timer: asyncio.TimerHandle | None = None
         self.keeps_output = capture is not None and capture.level == "full"
 
     def settle(self, exchange: Exchange) -> None:
+        """Record a request to which nothing happens any more, soon."""
+        self._settled.append(exchange)
+        if len(self._settled) >= BATCH_REQUESTS:
+            self.flush()
+        elif self._timer is None:
+            self._timer = asyncio.get_running_loop().call_later(BATCH_SECONDS, self.flush)
+
+    def flush(self) -> None:
+        """Record what waits: before anybody looks, and before the end."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        while self._settled:
+            self._record(self._settled.popleft())
+
+    def _record(self, exchange: Exchange) -> None:
         record = exchange.record()
         self._metrics.observe(record)
         if self._traces is not None:

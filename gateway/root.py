@@ -61,10 +61,13 @@ def run(settings: GatewaySettings, read: Callable[[], GatewaySettings], file: Pa
         traces = _open_traces(settings.tracing, settings.name, version)
         if traces is not None:
             stack.callback(traces.close)
+        metrics = Metrics()
+        recorder = Recorder(metrics, capture, traces)
+        stack.callback(recorder.flush)
         try:
             with asyncio.Runner(loop_factory=_new_loop) as runner:
                 reload = Reload(read, file)
-                runner.run(_serve(settings, tenants, reload, version, public, operator, capture, traces))
+                runner.run(_serve(settings, tenants, reload, version, public, operator, metrics, recorder))
         except* TidegateError as group:
             raise _first(group) from None
 
@@ -76,16 +79,14 @@ async def _serve(
     version: str,
     public: socket.socket,
     operator: socket.socket,
-    capture: CaptureWriter | None,
-    traces: TraceWriter | None,
+    metrics: Metrics,
+    recorder: Recorder,
 ) -> None:
     stop = asyncio.Event()
     _on_signal(stop.set)
     token_s = settings.limits.token_s
     scheduler = Scheduler(None if token_s is None else int(token_s * 1e9))
     fleet = Fleet(settings.workers, gateway=settings.name, version=version, clock=SYSTEM_CLOCK, scheduler=scheduler)
-    metrics = Metrics()
-    recorder = Recorder(metrics, capture, traces)
     metrics.registry.register(
         StateCollector(scheduler, fleet, recorder.capture_stats, recorder.trace_counts, SYSTEM_CLOCK)
     )

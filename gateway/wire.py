@@ -26,6 +26,19 @@ class Wire:
         """Called when the client is gone: from here on nothing may be written."""
 
     @property
+    def is_left(self) -> bool:
+        """The client is gone."""
+        return self._cycle.disconnected
+
+    def take_body(self) -> bytes | None:
+        """The request's body where all of it has come, which is the rule for small ones; else it must be waited for."""
+        cycle = self._cycle
+        if cycle.more_body or cycle.disconnected:
+            return None
+        body, cycle.body = bytes(cycle.body), bytearray()
+        return body
+
+    @property
     def is_full(self) -> bool:
         return self._cycle.flow.write_paused and not self._cycle.disconnected
 
