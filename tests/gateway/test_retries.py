@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import random
 from typing import Any
 
 import pytest
@@ -14,7 +15,15 @@ from gateway.settings import Limits
 from gateway.tenants import DEFAULT_BANDS, Tenant, TenantTable
 from protos.core.contract import Failed, FailureKind, Finished, Sampling
 from protos.core.record import Outcome
-from tests.gateway.fakes import FakeClient, Gateway, chat_body, gateway, in_virtual_time, settle_down
+from tests.gateway.fakes import (
+    FakeClient,
+    FakeUpstream,
+    Gateway,
+    chat_body,
+    gateway,
+    in_virtual_time,
+    settle_down,
+)
 
 RESUMING = TenantTable(DEFAULT_BANDS, {"anonymous": Tenant(resume=True)})
 STREAM = chat_body(stream=True, max_tokens=8, stream_options={"include_usage": True})
@@ -347,6 +356,73 @@ async def test_third_worker_may_finish_what_two_have_begun() -> None:
         await client.task
         assert client.text == "1 2 3"
     assert [attempt.output_tokens for attempt in g.record.attempts] == [1, 1, 1]
+
+
+class Chaos:
+    """Workers that say numbered words, and are lost, fail and come back at random."""
+
+    WORDS = 6
+
+    def __init__(self, g: Gateway, seed: int) -> None:
+        self._g = g
+        self._chance = random.Random(seed)
+
+    def act(self) -> None:
+        """One random thing."""
+        workers = self._g.fleet.workers
+        worker = workers[self._chance.choice(sorted(workers))]
+        if not worker.is_ready:
+            if self._chance.random() < 0.3:
+                self._g.fleet.join(worker.name, max_sequences=4)
+        elif self._chance.random() < 0.05:
+            self._g.fleet.lose(worker.name)
+        elif worker.sinks:
+            self._serve(worker, self._chance.choice(sorted(worker.sinks)))
+
+    def _serve(self, worker: FakeUpstream, slot: int) -> None:
+        said = len(worker.submitted[slot - 1]["token_ids"])
+        if self._chance.random() < 0.02:
+            worker.fail(slot, FailureKind.INTERNAL)
+        elif said == self.WORDS:
+            worker.finish(slot)
+        else:
+            worker.token(slot, text=f"{said} ")
+
+    async def run(self, clients: list[FakeClient]) -> None:
+        while not all(client.task.done() for client in clients):
+            self.act()
+            await settle_down()
+            await asyncio.sleep(0.01)
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_whatever_happens_to_workers_no_word_is_lost_or_said_twice(seed: int) -> None:
+    """An answer is whole, or says that it is not: that it found no worker to begin on, or no budget."""
+
+    @in_virtual_time
+    async def test() -> None:
+        limits = Limits(attempts=16, total_s=600, first_token_s=600)
+        async with gateway(workers=3, tenants=RESUMING, limits=limits, max_sequences=4) as g:
+            clients = [await g.post(chat_body(stream=number % 2 == 0, max_tokens=6)) for number in range(16)]
+            await Chaos(g, seed).run(clients)
+            for number, client in enumerate(clients):
+                text, is_whole = answer_of(client, is_stream=number % 2 == 0)
+                assert "0 1 2 3 4 5 ".startswith(text)
+                assert is_whole == (text == "0 1 2 3 4 5 ")
+            finished = [record for record in g.records if record.outcome is Outcome.FINISHED]
+            assert len(finished) > 8
+            assert all(record.output_tokens == 6 for record in finished)
+
+    test()
+
+
+def answer_of(client: FakeClient, *, is_stream: bool) -> tuple[str, bool]:
+    """(text, it says that it is whole)."""
+    if client.status != 200:
+        return "", False
+    if is_stream:
+        return client.text, client.events[-1] == "[DONE]"
+    return client.json["choices"][0]["message"]["content"], True
 
 
 # ---------------------------------------------------------------- the end of a drain
