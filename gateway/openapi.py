@@ -72,6 +72,8 @@ REASONS: dict[type[RequestError], tuple[str, ...]] = {
 }
 """Values of `x-tidegate-reject-reason`."""
 
+EVERYWHERE = "On every path: 400 for what is no HTTP, 404, 405, 408 for a head that is slow, 431 for one that is large."
+
 TEXT: Json = {"type": "string"}
 NAME: Json = {"type": "string", "pattern": NAME_PATTERN}
 WHOLE_MILLISECONDS: Json = {"type": "string", "pattern": f"^{MILLISECONDS}$"}
@@ -178,7 +180,7 @@ def _document(title: str, operations: Sequence[Operation]) -> Json:
         paths.setdefault(operation.path, {})[operation.method] = _operation(operation)
     return {
         "openapi": "3.1.0",
-        "info": {"title": title, "version": importlib.metadata.version("tidegate")},
+        "info": {"title": title, "version": importlib.metadata.version("tidegate"), "description": EVERYWHERE},
         "paths": paths,
         "components": {"schemas": _components(operations), "responses": _refusals(operations)},
     }
