@@ -16,11 +16,13 @@ import pytest
 from engine.backends.sim import SimBackend
 from engine.model import pull
 from engine.settings import DEFAULT_MODEL, EngineSettings
+from tests.engine.adapter import make_adapter
 from tests.engine.peer import Running, running_worker
 
 CONTEXT_TOKENS = 512
 REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
 STEP_LOG = "steps.jsonl"
+ADAPTER = "ebb"
 SETTINGS = f"""
 max_model_len = {CONTEXT_TOKENS}
 max_num_seqs = 16
@@ -51,15 +53,16 @@ def sim_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def vllm_address(vllm_folder: Path) -> Iterator[str]:
-    """A worker with the default model on real vLLM, started once."""
+    """A worker with the default model and an adapter of it on real vLLM, started once."""
     pull(DEFAULT_MODEL, lambda *_: None)
-    with worker_process(vllm_folder, "vllm") as address:
+    adapter = make_adapter(vllm_folder / "adapter")
+    with worker_process(vllm_folder, "vllm", "--lora", f"{ADAPTER}={adapter}") as address:
         yield address
 
 
 @pytest.fixture(scope="session")
 def sim_address(sim_folder: Path) -> Iterator[str]:
-    with worker_process(sim_folder, "sim", "--profile", "instant") as address:
+    with worker_process(sim_folder, "sim", "--profile", "instant", "--lora", f"{ADAPTER}=simulated") as address:
         yield address
 
 

@@ -13,7 +13,7 @@ import msgspec
 from engine import step_log
 from engine.sim.parameters import Work
 from protos.core.contract import ChatPrompt, FailureKind, TextPrompt, TokenPrompt
-from tests.engine.conftest import CONTEXT_TOKENS
+from tests.engine.conftest import ADAPTER, CONTEXT_TOKENS
 from tests.engine.peer import Answer, connect, submit
 
 CHAT = ChatPrompt(b'[{"role": "user", "content": "Tell me about the sea."}]')
@@ -285,6 +285,23 @@ async def test_next_turn_finds_the_answer_before_it_in_the_prefix_cache(address:
     turn = await ask_one(address, TokenPrompt((*prompt, *first.token_ids[0], *prompt[:50])), max_tokens=1)
     assert turn.finished is not None
     assert len(prompt) < turn.finished.cached_tokens < len(prompt) + 100
+
+
+async def test_adapter_has_its_own_answers_and_its_own_part_of_the_prefix_cache(address: str) -> None:
+    prompt = TokenPrompt(tuple(range(4000, 4200)))
+    sampling = {"max_tokens": 12, "temperature": 0.0, "ignore_eos": True}
+    async with connect(address) as peer:
+        welcome = peer.frames[0].welcome
+        assert welcome is not None
+        assert (welcome.model.names[-1:], welcome.model.adapters) == ((ADAPTER,), (ADAPTER,))
+        base, adapter, again = [
+            (await peer.ask(submit(slot, prompt, model=model, **sampling)))[0]
+            for slot, model in enumerate(("", ADAPTER, ADAPTER), 1)
+        ]
+    assert base.token_ids != adapter.token_ids == again.token_ids
+    assert adapter.finished is not None
+    assert again.finished is not None
+    assert adapter.finished.cached_tokens == 0 < again.finished.cached_tokens
 
 
 async def test_step_log_holds_the_steps_and_the_request(address: str, step_log_path: Path) -> None:

@@ -11,7 +11,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,12 +68,15 @@ class Process:
 class WorkerProcess(Process):
     """A simulated engine with steps of `step_ms`, on any free port or, after another one, on the same."""
 
-    def __init__(self, folder: Path, model: str, step_ms: float, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, model: str, step_ms: float, port: int = 0, *, adapters: Sequence[str] = ()
+    ) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         config = folder / "engine.toml"
         config.write_text(f"[engine.sim]\nstep_ms = {step_ms}\n")
         flags = {"--backend": "sim", "--profile": "instant", "--served-model-name": model, "--port": str(port)}
         arguments = [item for pair in flags.items() for item in pair]
+        arguments += [item for name in adapters for item in ("--lora", f"{name}=simulated")]
         super().__init__(folder, "engine", "--config", str(config), *arguments, ready=r"127\.0\.0\.1:(\d+)")
 
     @property

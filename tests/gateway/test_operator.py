@@ -11,13 +11,16 @@ import pytest
 
 from tests.gateway.processes import GatewayProcess, WorkerProcess, http_request, read_to_end, read_until, wait_for
 
-FIRST, SECOND = "tide-first", "tide-second"
+FIRST, SECOND, ADAPTER = "tide-first", "tide-second", "tide-adapter"
 
 
 @pytest.fixture(scope="module")
 def workers(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
     folder = tmp_path_factory.mktemp("workers")
-    both = WorkerProcess(folder / "first", FIRST, 5), WorkerProcess(folder / "second", SECOND, 50)
+    both = (
+        WorkerProcess(folder / "first", FIRST, 5),
+        WorkerProcess(folder / "second", SECOND, 50, adapters=[ADAPTER]),
+    )
     try:
         yield both[0].address, both[1].address
     finally:
@@ -45,8 +48,9 @@ def ask(g: GatewayProcess, method: str, path: str, body: Any = None) -> tuple[in
     return status, json.loads(data)
 
 
-def models(g: GatewayProcess) -> set[str]:
-    return {model["id"] for model in json.loads(g.request("GET", "/v1/models")[2])["data"]}
+def models(g: GatewayProcess) -> dict[str, str | None]:
+    """What is served, and of each adapter what it belongs to."""
+    return {model["id"]: model["parent"] for model in json.loads(g.request("GET", "/v1/models")[2])["data"]}
 
 
 def stream(g: GatewayProcess, model: str, tokens: int) -> bytes:
@@ -58,7 +62,10 @@ def stream(g: GatewayProcess, model: str, tokens: int) -> bytes:
 def test_worker_is_added_and_removed_without_cutting_its_stream(g: GatewayProcess, workers: tuple[str, str]) -> None:
     status, added = ask(g, "POST", "/admin/workers", {"address": workers[1]})
     assert (status, added["sources"]) == (201, ["operator"])
-    wait_for(lambda: models(g) == {FIRST, SECOND}, "the new worker's model is served")
+    wait_for(lambda: models(g) == {FIRST: None, SECOND: None, ADAPTER: SECOND}, "the new worker's model is served")
+    answers = [g.request("POST", "/generate", {"model": model, "prompt": "x"}) for model in (SECOND, ADAPTER)]
+    assert [status for status, _, _ in answers] == [200, 200]
+    assert answers[0][2] != answers[1][2], "an adapter says something else"
     connection = g.raw(stream(g, SECOND, 12))
     start = read_until(connection, b"data: ")
     status, leaving = ask(g, "DELETE", f"/admin/workers/{workers[1]}")
@@ -100,9 +107,9 @@ def test_changed_file_brings_workers_and_takes_them_away(
     file = folder / "gateway.toml"
     port = workers[1].rpartition(":")[2]
     file.write_text(f'[gateway]\nworkers = ["{workers[0]}", "dns://localhost:{port}"]\n')
-    wait_for(lambda: models(g) == {FIRST, SECOND}, "the name's worker is served")
+    wait_for(lambda: models(g) == {FIRST: None, SECOND: None, ADAPTER: SECOND}, "the name's worker is served")
     file.write_text(f'[gateway]\nworkers = ["{workers[0]}", "nonsense"]\n')
     wait_for(lambda: "gateway.workers: 'nonsense'" in g.output, "the log says what is wrong")
-    assert models(g) == {FIRST, SECOND}
+    assert models(g) == {FIRST: None, SECOND: None, ADAPTER: SECOND}
     file.write_text(f'[gateway]\nworkers = ["{workers[1]}"]\n')
-    wait_for(lambda: models(g) == {SECOND}, "the first one is gone")
+    wait_for(lambda: models(g) == {SECOND: None, ADAPTER: SECOND}, "the first one is gone")
