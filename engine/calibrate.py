@@ -139,7 +139,7 @@ def profile(calibration: Calibration) -> str:
         f"max_num_batched_tokens = {engine.max_batch_tokens}",
         "",
         "[engine.sim]",
-        *(f"{name} = {getattr(parameters, name):g}" for name in COEFFICIENTS if getattr(parameters, name)),
+        *(f"{name} = {getattr(parameters, name):g}" for name in COEFFICIENTS),
         f"kv_blocks = {parameters.kv_blocks}",
         f"kv_block_tokens = {parameters.kv_block_tokens}",
         f"mean_output_tokens = {parameters.mean_output_tokens}",

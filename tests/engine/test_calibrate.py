@@ -154,7 +154,9 @@ def test_requests_that_share_blocks_are_simulated_as_cached() -> None:
 def test_profile_is_a_working_engine(tmp_path: Path) -> None:
     from engine.cli import load_settings
 
-    result = calibrate.calibrate(calibrate.split(a_log(), 0.3))
+    flat = msgspec.structs.replace(REAL, kv_token_ns=0)
+    result = calibrate.calibrate(calibrate.split(a_log(parameters=flat), 0.3))
+    assert result.parameters.kv_token_ns == 0
     file = tmp_path / "profile.toml"
     file.write_text(calibrate.profile(result))
     settings = load_settings(file, {}, {})
