@@ -15,6 +15,7 @@ import msgspec
 from engine.sim.parameters import SimParameters
 from engine.sim.simulator import Limits, Sequence, Simulator
 from gateway import admission
+from gateway.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT
 from gateway.forecast import Forecast
 from gateway.lengths import OutputLengths
 from gateway.order import Ticket
@@ -88,6 +89,8 @@ class Gateway:
         self.results: list[Result] = []
         self.after_event: Callable[[], None] = lambda: None
         """Called between events: the place to check an invariant."""
+        self.served: collections.Counter[str] = collections.Counter()
+        """Weighted tokens that each tenant was really given: its prompts when placed, its answers as they are made."""
         self.next_turn: Callable[[Result], Arrival | None] = lambda result: None
         """Called when a request has finished: what its client sends next."""
         self._lengths = OutputLengths()
@@ -166,6 +169,7 @@ class Gateway:
         for placement in decided.placed:
             number = placement.ticket.request
             self.results[number].dispatched_ns = self.now_ns
+            self.served[placement.ticket.tenant] += int(INPUT_WEIGHT * placement.ticket.input_tokens)
             self.results[number].worker = placement.worker
             self.results[number].expected_cached_tokens = placement.cached_tokens
             self._at(self.now_ns + self._wire_ns, lambda n=number, w=placement.worker: self._submit(n, w))
@@ -193,6 +197,7 @@ class Gateway:
     def _stepped(self, worker: str, tokens: list[Sequence[int]], finished: list[Sequence[int]]) -> None:
         for sequence in tokens:
             number = sequence.owner
+            self.served[self.results[number].arrival.tenant] += int(OUTPUT_WEIGHT)
             if sequence.generated == 1:
                 result = self.results[number]
                 result.first_token_ns = self.now_ns + self._wire_ns

@@ -5,7 +5,9 @@ import random
 
 from engine.sim.parameters import SimParameters
 from gateway.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT
+from tests.bench import fairness
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
+from tests.virtual.workload import Slo
 
 ENGINE = SimParameters(step_us=19_000, prefill_token_us=172, prefill_pair_ns=4.8, decode_us=30, kv_token_ns=102)
 SLOTS = 32
@@ -75,6 +77,14 @@ def test_counters_of_backlogged_tenants_stay_within_the_vtc_bound_at_every_insta
     gateway.run(sorted(itertools.chain(*loads), key=lambda arrival: arrival.at_ns))
     assert contested > 1_000, "the load must make tenants compete"
     assert widest <= bound
+
+
+def test_service_of_waiting_tenants_stays_within_the_bound_beside_an_aggressive_one() -> None:
+    trace = fairness.made_up_trace(seconds=15)
+    crowd = fairness.multiply(trace, "tenant-00", fairness.AGGRESSION)
+    _, spread = fairness.run(crowd, SLOTS, Slo(), until_s=30)
+    assert spread.contested > 500, "the load must make tenants compete"
+    assert 0 < spread.widest <= fairness.bound(crowd, SLOTS)
 
 
 def test_backlogged_tenants_are_served_alike_whatever_they_ask_for() -> None:
