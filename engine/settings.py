@@ -47,7 +47,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     kv_cache_gib: float | None = None
     """Size of the KV cache; on a GPU it follows from `gpu_memory_utilization` where this is not given."""
     cpu_cores: str = "auto"
-    """Cores for vLLM on the CPU, as "0-3"; "auto" leaves the binding to vLLM."""
+    """Cores for vLLM on the CPU, as "0-3"; "auto" is all of up to four, and vLLM's own choice of more."""
     vllm: dict[str, Any] = {}
     """Any other argument of vLLM's AsyncEngineArgs, by its Python name."""
 

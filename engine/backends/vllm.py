@@ -57,6 +57,8 @@ CPU_KV_CACHE_GIB = 2.0
 LIVENESS_S = 0.5
 CONTEXT_PARAMETERS = ("input_tokens", "input_text")
 """What vLLM calls the field at fault where the prompt alone exceeds the context."""
+FEW_CORES = 4
+"""On so few, the one that vLLM would leave idle for its HTTP server is worth more to the model."""
 _BAD_PROMPT = (ValueError, TypeError, KeyError, AttributeError, NotImplementedError)
 """What vLLM's renderer raises for messages that the template cannot take."""
 
@@ -344,14 +346,22 @@ def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:
 def _set_environment(settings: EngineSettings) -> None:
     """What vLLM takes from nowhere else; it reads these when it is imported."""
     os.environ[WORKER_PID] = str(os.getpid())
-    if settings.cpu_cores != "auto":
-        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = settings.cpu_cores
+    _bind_to_cores(settings.cpu_cores)
     if not settings.is_verbose:
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         os.environ.setdefault("TQDM_DISABLE", "1")
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         logging.getLogger("vllm").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+
+
+def _bind_to_cores(cores: str) -> None:
+    if cores != "auto":
+        os.environ["VLLM_CPU_OMP_THREADS_BIND"] = cores
+        return
+    usable = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(usable) <= FEW_CORES:
+        os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, usable)) or "auto")
 
 
 def _engine_arguments(settings: EngineSettings, source: str) -> dict[str, Any]:

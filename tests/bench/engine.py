@@ -159,7 +159,9 @@ def measure_all(rounds: int, folder: Path) -> Results:
     stock = VllmServer(folder, model_path, cores)
     try:
         stock.wait()
-        ours = Tidegate(folder, model=MODEL, engine=_engine_toml(model_path, cores), gateway_cores=cores, other_cores=cores)
+        ours = Tidegate(
+            folder, model=MODEL, engine=_engine_toml(model_path, cores), gateway_cores=cores, other_cores=cores
+        )
         try:
             results = _take_turns(ours, stock, rounds)
         finally:

@@ -29,6 +29,7 @@ from tests.bench.client import Count, Load, chat_request
 from tests.bench.machine import facts
 from tests.bench.process import BenchError, take_priority
 from tests.bench.proxies import LOAD_CORES, NAMES, PROXY_CORES, Direct, Proxy, open_proxy
+from tests.bench.scheduler import request_us
 
 STREAMS = 256
 STEP_MS = 11.64
@@ -123,6 +124,8 @@ class Results(msgspec.Struct):
     unary: list[Unary]
     memory: list[Memory]
     evidence: list[Evidence]
+    scheduler_request_us: float
+    """Of Tidegate's own, in the unary and turnover figures too: what deciding costs per request."""
 
 
 class _Sample(msgspec.Struct, frozen=True):
@@ -269,7 +272,7 @@ async def _until(is_done: Callable[[], bool], timeout_s: float) -> None:
 
 
 def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Path) -> Results:
-    results = Results(facts(), [], [], [], [], [])
+    results = Results(facts(), [], [], [], [], [], request_us())
     direct = Direct(folder, STEP_MS)
     try:
         results.direct.append(uvloop.run(measure_window(direct, "turnover", ANSWER_TOKENS, 0)))
@@ -361,6 +364,7 @@ def print_results(results: Results, names: Sequence[str]) -> None:
             for r in results.unary
         ],
     )
+    report.console.print(f"tidegate: the scheduler's part is {results.scheduler_request_us:.0f} us per request.\n")
     report.print_table(
         f"Memory: {OPEN_STREAMS:,} open streams (proportional set size; the kernel's socket buffers are not in it)",
         ("proxy", "KiB per stream", "idle MiB", "open MiB", "errors"),
