@@ -32,7 +32,7 @@ check: install-dev  ## Lint, types, import direction, generated code
 		done; rm -r $$fresh
 	@echo "check: ok"
 
-bench: install-bench model  ## Compare the gateway with Envoy, vllm-router and vllm serve
+bench: install-bench model  ## Compare the gateway with Envoy, vllm-router and vllm serve; scheduler, overload
 	@$(PY) -m tests.bench $(ARGS)
 
 proto: install-dev  ## Regenerate protos/gen from protos/engine.proto

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 
-BENCHMARKS = ("relay", "engine")
+BENCHMARKS = ("relay", "engine", "scheduler", "overload")
 
 
 def main() -> int:
