@@ -34,10 +34,9 @@ from tests.bench.scheduler import request_us
 STREAMS = 256
 STEP_MS = 11.64
 """256 streams x one token each 11.64 ms = 22,000 tokens/s."""
-ANSWER_TOKENS = 256
-"""Streams turn over, a request starts as an answer ends: admission, capture and tracing are in the figure."""
-LONG_TOKENS = 1_000
-"""Longer than ramp and window together: nothing but relaying happens in the window."""
+LOADS = {"short": 256, "long": 1_000}
+"""Tokens of an answer. As one ends the next request begins, and the starts are spread: admission, capture and tracing
+are at work in both, four times as often with the short ones."""
 WINDOW_S = 6.0
 SETTLE_S = 1.0
 PACE_FLOOR = 0.95
@@ -125,7 +124,7 @@ class Results(msgspec.Struct):
     memory: list[Memory]
     evidence: list[Evidence]
     scheduler_request_us: float
-    """Of Tidegate's own, in the unary and turnover figures too: what deciding costs per request."""
+    """Of Tidegate's own, in the figures above too: what deciding costs per request."""
 
 
 class _Sample(msgspec.Struct, frozen=True):
@@ -171,7 +170,7 @@ def _wait_for_quiet(patience_s: float) -> None:
 
 async def measure_window(proxy: Proxy | Direct, load_name: str, tokens: int, number: int) -> Window:
     load = _chat_load(proxy, tokens, STREAMS)
-    await load.start(ramp_s=min(tokens * STEP_MS / 1e3, 3.0))
+    await load.start(ramp_s=tokens * STEP_MS / 1e3)
     await asyncio.sleep(SETTLE_S)
     before = _sample(load, proxy)
     await asyncio.sleep(WINDOW_S)
@@ -275,7 +274,7 @@ def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Pa
     results = Results(facts(), [], [], [], [], [], request_us())
     direct = Direct(folder, STEP_MS)
     try:
-        results.direct.append(uvloop.run(measure_window(direct, "turnover", ANSWER_TOKENS, 0)))
+        results.direct.append(uvloop.run(measure_window(direct, "short", LOADS["short"], 0)))
     finally:
         direct.close()
     for number in range(rounds):
@@ -292,9 +291,7 @@ def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Pa
 def _relay_round(name: str, number: int, patience_s: float, folder: Path, results: Results) -> None:
     proxy = open_proxy(name, folder / f"relay-{number}", STEP_MS)
     try:
-        windows = [measure_calm_window(proxy, "turnover", ANSWER_TOKENS, number, patience_s)]
-        if number == 0:
-            windows.append(measure_calm_window(proxy, "long", LONG_TOKENS, number, patience_s))
+        windows = [measure_calm_window(proxy, load, tokens, number, patience_s) for load, tokens in LOADS.items()]
     finally:
         proxy.close()
     for window in windows:
@@ -339,7 +336,7 @@ def print_results(results: Results, names: Sequence[str]) -> None:
             "gap p99 ms",
             "errors",
         ),
-        [_relay_row(results, name, load) for load in ("turnover", "long") for name in names],
+        [_relay_row(results, name, load) for load in LOADS for name in names],
     )
     for direct in results.direct:
         report.console.print(
@@ -347,7 +344,8 @@ def print_results(results: Results, names: Sequence[str]) -> None:
             f"{direct.bytes_per_token:.0f} bytes/token, {direct.errors} errors"
         )
     report.console.print(
-        f"turnover: answers of {ANSWER_TOKENS} tokens, a new request as each ends; long: no request begins or ends.\n"
+        ", ".join(f"{load}: answers of {tokens:,} tokens" for load, tokens in LOADS.items())
+        + "; a new request as each ends.\n"
     )
     report.print_table(
         f"Unary: {UNARY_TOKENS} tokens per answer, {UNARY_CONNECTIONS} connections, as fast as it goes",
@@ -379,9 +377,9 @@ def print_results(results: Results, names: Sequence[str]) -> None:
             report.console.print(f"{item.proxy}: {item.answers:,} whole answers and, counted outside it, {counted}")
     for doubt in doubts(results):
         report.console.print(f"doubt: {doubt}", style="yellow")
-    report.print_verdict(
-        "CPU per relayed token, Tidegate over the better of the others", ratio(results), TARGET_RATIO, at_most=True
-    )
+    for load, tokens in LOADS.items():
+        what = f"CPU per token of answers of {tokens:,} tokens, Tidegate over the better of the others"
+        report.print_verdict(what, ratio(results, load), TARGET_RATIO, at_most=True)
 
 
 def _relay_row(results: Results, name: str, load: str) -> tuple[object, ...]:
@@ -410,7 +408,7 @@ def _number(values: Sequence[float], digits: int) -> str:
     return f"{statistics.median(values):.{digits}f}" if values else "-"
 
 
-def ratio(results: Results, load: str = "turnover") -> float | None:
+def ratio(results: Results, load: str) -> float | None:
     """Tidegate's median CPU per token over the least of the others'; None unless all have a valid round.
 
     From undisturbed windows where every proxy has one: a busy core changes what each of them costs, and not alike.
