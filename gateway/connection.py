@@ -16,6 +16,7 @@ from uvicorn._types import ASGI3Application
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.answers import render_error
+from gateway.wire import WIRE, Wire
 from protos.core.errors import BodyTimeout, HeadersTooLarge, InvalidRequest, RequestError
 
 HEAD_BYTES = 64 * 1024
@@ -44,6 +45,8 @@ class Connection(HttpToolsProtocol):
         super().connection_made(transport)
         self._running: RequestResponseCycle | None = None
         """The request that is being answered; `cycle` is the one that was read last."""
+        self._wire: Wire | None = None
+        """Of `_running`."""
         self._is_in_head = True
         self._is_deaf = False
         """What the client sends is not listened to any more."""
@@ -142,6 +145,8 @@ class Connection(HttpToolsProtocol):
 
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
+        scope: dict[str, Any] = cycle.scope  # type: ignore[assignment]
+        self._wire = scope[WIRE] = Wire(cycle)
         super()._start_asgi_task(cycle, functools.partial(self._answer, cycle, app))
 
     async def _answer(
@@ -182,6 +187,8 @@ class Connection(HttpToolsProtocol):
         """The application hears that the client left."""
         cycle.disconnected = True
         cycle.message_event.set()
+        if self._wire is not None:
+            self._wire.on_left()
 
     def _close(self) -> None:
         """Say that nothing more comes, and let the client close: what it still sends would reset the answer away."""
@@ -195,6 +202,8 @@ class Connection(HttpToolsProtocol):
     def pause_writing(self) -> None:
         super().pause_writing()
         self._reading = self.loop.call_later(READ_SECONDS, self.transport.abort)
+        if self._wire is not None:
+            self._wire.on_full()
 
     def resume_writing(self) -> None:
         super().resume_writing()
