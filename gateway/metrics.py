@@ -185,8 +185,8 @@ class StateCollector(Collector):
         ]
         for address, session in self._fleet.sessions.items():
             ready.add_metric((address,), session.state == "ready")
-            if (sequences := self._scheduler.sequence_limit(session.name)) is not None:
-                limit.add_metric((address,), sequences)
+            if (worker := self._scheduler.worker(session.name)) is not None:
+                limit.add_metric((address,), worker.limit.value)
             for family, read in families:
                 family.add_metric((address,), read(session.load))
         yield ready

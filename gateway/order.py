@@ -41,13 +41,16 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """What was forecast when it arrived; the forecast learns from it."""
     avoid: tuple[str, ...] = ()
     """The workers of failed attempts."""
-    is_paid: bool = False
-    """Its tenant was charged for the prompt when an attempt before began."""
     blocks: Blocks = ()
     """Of the prompt: what workers may have cached of it."""
     prompt_bytes: int = 0
     """Length of what the blocks were cut from."""
     session: str | None = None
+
+    @property
+    def is_paid(self) -> bool:
+        """Its tenant was charged for the prompt when an attempt before began."""
+        return bool(self.avoid)
 
 
 class Work(msgspec.Struct):

@@ -23,6 +23,11 @@ class Pace:
         self._most_ns = BURST_STEPS * (self._target_ns or 0)
         self._credit_ns = self._most_ns
 
+    @property
+    def has_target(self) -> bool:
+        """Without one there is nothing to ask."""
+        return self._target_ns is not None
+
     def allows(self, pending_ns: float, joint_ns: float) -> bool:
         """May the worker get a prompt?
 

@@ -358,7 +358,6 @@ class Pipeline:
             is_sheddable=terms.is_sheddable and not is_begun,
             forecast=None if avoid else exchange.forecast,
             avoid=avoid,
-            is_paid=bool(avoid),
             blocks=_blocks(call, exchange.model),
             prompt_bytes=len(call.prompt_bytes),
             session=exchange.identity.session,

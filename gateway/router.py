@@ -56,7 +56,9 @@ class Worker(msgspec.Struct, kw_only=True):
 
     def may_start(self, band: int, tokens: int) -> bool:
         """Do its answers keep their pace, so that a prompt may hold them up? The top band always may."""
-        return band == 0 or self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
+        if band == 0 or not self.pace.has_target:
+            return True
+        return self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""

@@ -372,11 +372,6 @@ class Scheduler:
     def workers(self) -> list[Worker]:
         return list(self._workers.values())
 
-    def sequence_limit(self, name: str) -> int | None:
-        """How many sequences a worker gets at once; None while it is not connected."""
-        worker = self._workers.get(name)
-        return worker.limit.value if worker is not None else None
-
     def is_served(self, model: str) -> bool:
         return self._models[model] > 0
 
