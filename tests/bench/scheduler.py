@@ -15,9 +15,9 @@ import msgspec
 
 from gateway.order import Ticket
 from gateway.scheduler import Scheduler
-from protos.core.contract import ModelInfo
 from tests.bench import report
 from tests.bench.machine import facts
+from tests.gateway.fakes import model_info
 from tests.virtual.traffic import Traffic
 
 RATE_FLOOR = 100_000
@@ -63,7 +63,8 @@ def request_us(requests: int = 20_000) -> float:
     """Microseconds of scheduler work per request: forecast, enqueue, place, first token and release, while CONCURRENT
     run; steps of the engine, which are shared by all that run, are left out."""
     scheduler = Scheduler()
-    scheduler.worker_joined("w", _model(CONCURRENT))
+    worker = model_info(names=(MODEL,), max_sequences=CONCURRENT, max_batch_tokens=8_192, kv_blocks=65_536)
+    scheduler.worker_joined("w", worker)
     for number in range(CONCURRENT):
         _begin(scheduler, number)
     gc.collect()
@@ -95,23 +96,6 @@ def _ticket(number: int, band: int) -> Ticket:
         size_bytes=2_000,
         arrived_ns=number,
         deadline_ns=10**15 + number,
-    )
-
-
-def _model(slots: int) -> ModelInfo:
-    return ModelInfo(
-        names=(MODEL,),
-        backend="sim",
-        backend_version="",
-        simulated=True,
-        context_tokens=8_192,
-        max_sequences=slots,
-        max_batch_tokens=8_192,
-        kv_blocks=65_536,
-        kv_block_tokens=16,
-        has_chat_template=False,
-        device="",
-        dtype="",
     )
 
 

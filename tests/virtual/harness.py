@@ -22,6 +22,7 @@ from gateway.order import Ticket
 from gateway.prefixes import cut
 from gateway.scheduler import Scheduler
 from protos.core.contract import Load, ModelInfo
+from tests.gateway.fakes import model_info
 
 MODEL = "m"
 SECOND_NS = 1_000_000_000
@@ -256,17 +257,11 @@ def direct(
 
 
 def _model(parameters: SimParameters, max_sequences: int, max_batch_tokens: int) -> ModelInfo:
-    return ModelInfo(
+    return model_info(
         names=(MODEL,),
-        backend="sim",
-        backend_version="",
-        simulated=True,
         context_tokens=1 << 20,
         max_sequences=max_sequences,
         max_batch_tokens=max_batch_tokens,
         kv_blocks=parameters.kv_blocks,
         kv_block_tokens=parameters.kv_block_tokens,
-        has_chat_template=False,
-        device="",
-        dtype="",
     )

@@ -7,7 +7,8 @@ import random
 
 from gateway.order import Ticket
 from gateway.scheduler import Scheduler
-from protos.core.contract import Load, ModelInfo
+from protos.core.contract import Load
+from tests.gateway.fakes import model_info
 
 MODELS = ("a", "b", "both")
 WORKERS = ("v", "w", "x", "y")
@@ -154,7 +155,9 @@ class Traffic:
         if name not in self._serving:
             self._serving[name] = None
             names = MODELS if self._random() < 0.7 else (MODELS[self._below(len(MODELS))],)
-            self.scheduler.worker_joined(name, _model(names, 4 + self._below(60)), now_ns=self._now_ns)
+            self.scheduler.worker_joined(
+                name, model_info(names=names, max_sequences=4 + self._below(60), kv_blocks=4_096), now_ns=self._now_ns
+            )
 
     def _lose(self) -> None:
         name = WORKERS[self._below(len(WORKERS))]
@@ -188,20 +191,3 @@ class Traffic:
         self._running.pop(request, None)
         self._started.discard(request)
         self.ended[outcome] += 1
-
-
-def _model(names: tuple[str, ...], slots: int) -> ModelInfo:
-    return ModelInfo(
-        names=names,
-        backend="sim",
-        backend_version="",
-        simulated=True,
-        context_tokens=4_096,
-        max_sequences=slots,
-        max_batch_tokens=2_048,
-        kv_blocks=4_096,
-        kv_block_tokens=16,
-        has_chat_template=False,
-        device="",
-        dtype="",
-    )
