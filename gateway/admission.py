@@ -10,7 +10,7 @@ from gateway.scheduler import Scheduler
 from gateway.settings import Limits
 from gateway.tenants import Band
 from gateway.terms import Terms
-from protos.core.errors import InvalidRequest, Overloaded, RequestError, Unavailable, UnknownModel
+from protos.core.errors import DeadlineExceeded, InvalidRequest, Overloaded, RequestError, Unavailable, UnknownModel
 
 LONGEST_RETRY_S = 60.0
 
@@ -75,9 +75,19 @@ def is_hopeless(forecast: Forecast | None, first_token_ns: int) -> bool:
 
 
 def too_late(terms: Terms, model: str, scheduler: Scheduler) -> RequestError:
-    """The first token would come, or has not come, in time."""
+    """The first token would come too late: the request is refused before it has waited."""
     return Overloaded(
         f"no first token within {terms.first_token_ns / 1e9:g} s under the present load; retry later",
+        reason="deadline",
+        retry_after_s=retry_after_s(model, scheduler),
+    )
+
+
+def given_up(terms: Terms, model: str, scheduler: Scheduler) -> RequestError:
+    """The request was admitted and has waited, and its first token has not come in time, or cannot any more."""
+    return Overloaded(
+        f"waited for a worker, and no first token within {terms.first_token_ns / 1e9:g} s; retry later",
+        code=DeadlineExceeded.code,
         reason="deadline",
         retry_after_s=retry_after_s(model, scheduler),
     )

@@ -332,7 +332,7 @@ class Pipeline:
             case Overdue() if exchange.has_output:
                 return _lost()
             case Overdue():
-                return admission.too_late(terms, exchange.model, self._scheduler)
+                return admission.given_up(terms, exchange.model, self._scheduler)
             case Cut():
                 return admission.draining()
             case Unplaceable():
@@ -643,11 +643,13 @@ def _translate(end: Event, call: Call, terms: Terms) -> End:
 
 def _overdue(terms: Terms, *, has_output: bool) -> RequestError:
     """504 is for the gateway's own limits; a shorter deadline is the client's own limit, and hitting it a 429."""
+    code = DeadlineExceeded.code
     if has_output:
         kind = Overloaded if terms.is_total_own else DeadlineExceeded
-        return kind(f"not finished within {terms.total_ns / 1e9:g} s", reason="deadline")
+        return kind(f"not finished within {terms.total_ns / 1e9:g} s", code=code, reason="deadline")
     kind = Overloaded if terms.is_first_token_own else DeadlineExceeded
-    return kind(f"no token within {terms.first_token_ns / 1e9:g} s; retry later", reason="deadline", retry_after_s=1.0)
+    message = f"no token within {terms.first_token_ns / 1e9:g} s; retry later"
+    return kind(message, code=code, reason="deadline", retry_after_s=1.0)
 
 
 def _lost() -> RequestError:
@@ -688,7 +690,7 @@ def _outcome(error: RequestError, exchange: Exchange) -> Outcome:
     match error:
         case DeadlineExceeded() | BodyTimeout():
             return Outcome.TIMED_OUT
-        case Overloaded(reason="deadline"):
+        case Overloaded(code=DeadlineExceeded.code):
             return Outcome.TIMED_OUT
         case Unavailable(reason="worker_lost" | "worker_failed"):
             return Outcome.FAILED

@@ -44,6 +44,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What became of one request, as far as the figures need it. Times in seconds; None where it did not happen."""
 
     is_refused: bool
+    """When it arrived. One that is given up later was admitted, and missed."""
     is_good: bool
     ttft_s: float | None = None
     expected_s: float | None = None

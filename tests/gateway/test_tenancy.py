@@ -88,7 +88,9 @@ async def test_a_clients_own_deadline_ends_its_wait() -> None:
         assert int(waiting.headers["retry-after"]) >= 1
         g.fleet.workers["worker-0"].finish(1)
         await running.task
-    assert g.records[0].total_ns == 250_000_000
+    waited = g.records[0]
+    assert (waited.outcome, waited.error_code) == (Outcome.TIMED_OUT, "timeout"), "it was admitted"
+    assert waited.total_ns == 250_000_000
 
 
 @in_virtual_time
@@ -113,7 +115,9 @@ async def test_what_would_be_too_late_is_refused_at_once_when_the_queue_has_a_ra
             worker.finish(slot)
             await settle_down()
         await asyncio.gather(*(client.task for client in clients), critical.task)
-    assert next(record for record in g.records if record.reject_reason == "deadline").total_ns < 1_000_000
+    refused = next(record for record in g.records if record.reject_reason == "deadline")
+    assert (refused.outcome, refused.error_code) == (Outcome.REJECTED, "rate_limit_exceeded")
+    assert refused.total_ns < 1_000_000
 
 
 def write(file: Path, requests: object) -> None:
@@ -176,4 +180,5 @@ async def test_a_running_request_that_misses_its_own_deadline_is_429_and_the_gat
         await asyncio.sleep(10)
         assert [client.status for client in clients] == [429, 504, 429, 504]
         assert {client.headers["x-tidegate-reject-reason"] for client in clients} == {"deadline"}
+        assert {client.json["error"]["code"] for client in clients} == {"timeout"}
     assert {record.outcome for record in g.records} == {Outcome.TIMED_OUT}
