@@ -1,9 +1,9 @@
 """When a request would see its first token: pure estimates, corrected by what came of earlier ones.
 
-TTFT = waited + work ahead / service rate + the rest of the running step + the steps of its own prefill. The step's
-duration is a line in the prompt tokens that it computes, fitted per worker to the times between its frames; the
-service rate is that of the placements while requests wait. The sum is multiplied by a rolling quantile of actual over
-predicted: the middle for what to expect, `SAFE_SHARE` for what most requests stay under.
+TTFT = waited + the rest of the running step + the steps until its turn + those of its own prefill. The duration of a
+step is linear in the prompt tokens that it computes and the answers that it writes, fitted per worker to the times
+between its frames; whose turn comes when is in `gateway.turn`. The sum is multiplied by a rolling quantile of actual
+over predicted: the middle for what to expect, `SAFE_SHARE` for what most requests stay under.
 """
 
 from __future__ import annotations
@@ -14,14 +14,22 @@ import math
 
 import msgspec
 
+from gateway.departures import Departures
+from gateway.fit import StepFit
+
 WINDOW = 256
 WARM = 8
 """Samples after which an estimate means something."""
-FORGETTING = 0.99
 INTERVAL_FORGETTING = 0.97
 SAFE_SHARE = 0.9
 SURE_SHARE = 0.95
 """Under overload nearly everybody who is admitted comes close to the limit, so that this is how many are in time."""
+SHARE_RATE = 0.01
+SHARE_REACH = 0.1
+MOST_SHARE = 0.995
+"""How fast, and how far, a share is corrected by how many really stayed under it."""
+LATER = 1.25
+"""So much later than it waited is the first token taken to be of one that was given up: so that the margin grows."""
 STALE_NS = 30_000_000_000
 REACH = 4
 """The line of a step is followed up to so many times the most tokens seen in one."""
@@ -43,12 +51,23 @@ class Forecast(msgspec.Struct, frozen=True):
     """It would wait in the gateway. What is predicted of those is corrected apart."""
 
 
+class AnswerLength(msgspec.Struct, frozen=True):
+    """What is known of an answer before it comes."""
+
+    tokens: float
+    """Of each sequence."""
+    sequences: int = 1
+    is_exact: bool = False
+    """It makes so many, and does not end before; else that is what such answers have in the mean."""
+
+
 class _Prefill(msgspec.Struct):
     tokens: int
     is_running: bool
     """It was there when the running step began."""
     has_chunks: bool = False
     """A step has ended that did not compute all of it."""
+    answer: AnswerLength | None = None
 
 
 class Step(msgspec.Struct, frozen=True):
@@ -64,7 +83,7 @@ class EngineForecast:
 
     def __init__(self, batch_tokens: int = 8192) -> None:
         self._batch_tokens = batch_tokens
-        self._fit = LinearFit()
+        self._fit = StepFit()
         self._ratios = RollingRatios()
         self._prefills: dict[int, _Prefill] = {}
         self._began_ns: int | None = None
@@ -72,17 +91,25 @@ class EngineForecast:
         self._prefill_steps = 0
         self._started_tokens = 0
         self._has_chunks = False
+        self._running = 0
+        """Answers that the running step goes on with."""
+        self._steps = 0
+        """That have ended."""
+        self._departures = Departures()
         self.unstarted_tokens = 0
         """Prompt tokens that it was given and that are not known to be computed."""
 
     # -- what happens
 
-    def placed(self, request: int, tokens: int, now_ns: int) -> None:
+    def placed(self, request: int, tokens: int, now_ns: int, answer: AnswerLength | None = None) -> None:
         """The worker was given a prompt."""
-        self._prefills[request] = _Prefill(tokens, is_running=self._began_ns is None)
+        is_running = self._began_ns is None
+        self._prefills[request] = _Prefill(tokens, is_running=is_running, answer=answer)
         self.unstarted_tokens += tokens
         if self._began_ns is None:
             self._began_ns = now_ns
+        if answer is not None:
+            self._expect_end(request, answer, self._steps + (1 if is_running else 2))
 
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
@@ -90,14 +117,19 @@ class EngineForecast:
         if prefill is not None:
             self._started_tokens += prefill.tokens
             self._has_chunks = self._has_chunks or prefill.has_chunks
+            if prefill.answer is not None:
+                self._expect_end(request, prefill.answer, self._steps + 1)
 
     def dropped(self, request: int) -> None:
-        """The prompt will not be computed, or has been: both are fine."""
+        """The request has left the worker, before its prompt was computed or after."""
         self._forget(request)
+        self._departures.leave(request)
 
-    def stepped(self, now_ns: int, *, is_idle: bool) -> Step | None:
-        """A step has ended; None where nobody knows when it began."""
+    def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0) -> Step | None:
+        """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began."""
         began_ns, tokens, has_chunks = self._began_ns, self._started_tokens, self._has_chunks
+        ran, self._running = self._running, running
+        self._steps += 1
         self._began_ns = None if is_idle and not self._prefills else now_ns
         self._started_tokens, self._has_chunks = 0, False
         if began_ns is None:
@@ -107,7 +139,7 @@ class EngineForecast:
             has_chunks = has_chunks or prefill.is_running
             prefill.is_running = True
         if not has_chunks:  # how many tokens a chunk had is not known
-            self._fit.add(tokens, now_ns - began_ns)
+            self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
         return Step(now_ns - began_ns, tokens > 0 or has_chunks)
 
@@ -117,43 +149,84 @@ class EngineForecast:
             self.unstarted_tokens -= prefill.tokens
         return prefill
 
+    def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
+        if answer.is_exact:
+            self._departures.ends_at(request, first_step + int(answer.tokens) - 1, answer.sequences)
+        else:
+            self._departures.ends_after(request, answer.tokens, answer.sequences)
+
     # -- what is expected
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
-        return self._fit.slope * self.unstarted_tokens
+        return self.prompt_ns(self.unstarted_tokens)
 
     def next_ns(self, tokens: int) -> float:
         """By how much the next step would be longer for one prompt more than those that it computes already."""
         ahead = sum(prefill.tokens for prefill in self._prefills.values() if not prefill.is_running)
-        return self._fit.slope * (ahead + tokens) if ahead else 0.0
+        return self.prompt_ns(ahead + tokens) if ahead else 0.0
+
+    @property
+    def is_known(self) -> bool:
+        """Enough prompts have been seen to say anything."""
+        return self._prefill_steps >= WARM
 
     def step_ns(self) -> float:
         """A step without a prompt."""
-        return self._fit.predict(0)
+        return self._fit.predict(0, self._running)
+
+    def prompt_ns(self, tokens: float) -> float:
+        """What a prompt adds to its steps."""
+        return self._fit.slope * tokens
+
+    def turn_ns(self, steps: float, tokens: float, now_ns: int) -> float:
+        """Time until so many more steps have ended after the running one.
+
+        They compute the prompts that the worker was given, and others of so many tokens.
+        """
+        left_ns, in_step = self._running_step(now_ns)
+        return left_ns + steps * self.step_ns() + self.prompt_ns(self.unstarted_tokens - in_step + tokens)
+
+    def steps_until(self, places: float) -> float:
+        """Steps after the running one until so many places have been given back."""
+        return self._departures.steps_until(places, self._steps + 1)
+
+    def after_step_ns(self, tokens: int) -> int | None:
+        """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.
+
+        None for one far larger than any that was seen.
+        """
+        steps = max(1, math.ceil(tokens / self._batch_tokens))
+        if tokens > REACH * steps * self._fit.most_x:
+            return None
+        return int((steps + 1) * self.step_ns() + self.prompt_ns(tokens))
+
+    def _running_step(self, now_ns: int) -> tuple[float, int]:
+        """What is left of the running step, and the prompt tokens that it computes."""
+        if self._began_ns is None:
+            return 0.0, 0
+        running = sum(prefill.tokens for prefill in self._prefills.values() if prefill.is_running)
+        in_step = min(running, self._batch_tokens)
+        return max(0.0, self._began_ns + self._fit.predict(in_step, self._running) - now_ns), in_step
 
     def raw_ns(self, tokens: int, now_ns: int) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.
 
         None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
-        left_ns, in_step = 0.0, 0
-        if self._began_ns is not None:
-            running = sum(prefill.tokens for prefill in self._prefills.values() if prefill.is_running)
-            in_step = min(running, self._batch_tokens)
-            left_ns = max(0.0, self._began_ns + self._fit.predict(in_step) - now_ns)
+        left_ns, in_step = self._running_step(now_ns)
         ahead = self.unstarted_tokens - in_step + tokens
         steps = max(1, math.ceil(ahead / self._batch_tokens))
-        if self._prefill_steps < WARM or ahead > REACH * steps * self._fit.most_x:
+        if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
-        beyond_ns = self._fit.slope * max(0.0, ahead - self._fit.most_x)
-        own_ns = (steps - 1) * self._fit.predict(0) + self._fit.predict(ahead) + beyond_ns
+        beyond_ns = self.prompt_ns(max(0.0, ahead - self._fit.most_x))
+        own_ns = (steps - 1) * self.step_ns() + self._fit.predict(ahead, self._running) + beyond_ns
         return max(LEAST_NS, int(left_ns + own_ns))
 
     def expected_ns(self, tokens: int, now_ns: int) -> int | None:
         """The same, corrected by what came of earlier ones."""
         raw_ns = self.raw_ns(tokens, now_ns)
-        return None if raw_ns is None else int(raw_ns * self._ratios.middle)
+        return None if raw_ns is None else int(raw_ns * self._ratios.quantile(0.5))
 
     def learn(self, raw_ns: int, actual_ns: int) -> None:
         """A first token came `actual_ns` after a hand-over for which `raw_ns` was predicted."""
@@ -161,105 +234,86 @@ class EngineForecast:
 
 
 class QueueForecast:
-    """One model's queue: when what is ahead of a request will have been placed."""
+    """One model's queue: how fast it drains, and how forecasts of its requests came true."""
 
     def __init__(self) -> None:
-        self._fit = LinearFit(INTERVAL_FORGETTING)
+        self._interval_ns = FadingMean(INTERVAL_FORGETTING)
         self._placed_ns = 0
-        self._placed_tokens = 0
         self._has_followers = False
-        self._ratios = {False: RollingRatios(), True: RollingRatios()}
+        self._corrections = {False: Correction(), True: Correction()}
         """Of requests that were placed at once, and of those that waited."""
         self._learned_ns = 0
         """When something was last learned of requests that wait."""
 
-    def placed(self, tokens: int, now_ns: int, *, others_wait: bool) -> None:
+    def placed(self, now_ns: int, *, others_wait: bool) -> None:
         """A request left the queue for a worker. The time until the next one counts if others waited meanwhile."""
         if self._has_followers:
-            self._fit.add(self._placed_tokens, now_ns - self._placed_ns)
-            self._learned_ns = now_ns
-        self._placed_ns, self._placed_tokens, self._has_followers = now_ns, tokens, others_wait
-
-    def correct(self, raw_ns: int, *, is_queued: bool) -> Forecast:
-        raw_ns = max(raw_ns, LEAST_NS)
-        ratios = self._ratios[is_queued]
-        expected_ns, safe_ns, sure_ns = (int(raw_ns * ratio) for ratio in (ratios.middle, ratios.safe, ratios.sure))
-        return Forecast(raw_ns, expected_ns, safe_ns, sure_ns, is_queued)
-
-    def learn(self, forecast: Forecast, actual_ns: int, now_ns: int) -> None:
-        """What became of a forecast; of a request that gave up, what it had waited for in vain."""
-        if forecast.is_queued:
-            self._learned_ns = now_ns
-        self._ratios[forecast.is_queued].add(actual_ns / forecast.raw_ns)
+            self._interval_ns.add(now_ns - self._placed_ns)
+        self._placed_ns, self._has_followers = now_ns, others_wait
 
     def interval_ns(self) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
-        return self._fit.mean if self._fit.samples >= WARM else None
+        return self._interval_ns.value if self._interval_ns.samples >= WARM else None
 
-    def wait_ns(self, requests: float, tokens: float, now_ns: int) -> int | None:
-        """Time until `requests` with so many prompt tokens are placed and it is the next one's turn.
+    def correct(self, raw_ns: int, now_ns: int, *, is_queued: bool) -> Forecast:
+        """Stretch a sum by what came of earlier ones.
 
-        None before anything is known, and again when nothing was learned for long: a wrong forecast may have refused
-        all who could have disproved it.
+        For those that wait it is forgotten when nothing was learned for long: a wrong correction may have refused all
+        who could have disproved it.
         """
         if now_ns - self._learned_ns > STALE_NS:
-            self._fit = LinearFit(INTERVAL_FORGETTING)
-            self._ratios[True] = RollingRatios()
-        if self._fit.samples < WARM:
-            return None
-        turn_ns = self._placed_ns + self._fit.predict(self._placed_tokens) - now_ns
-        return int(max(0.0, turn_ns) + max(0.0, requests * self._fit.intercept + tokens * self._fit.slope))
+            self._corrections[True] = Correction()
+        return self._corrections[is_queued].apply(max(raw_ns, LEAST_NS), is_queued=is_queued)
+
+    def learn(self, forecast: Forecast, actual_ns: int, now_ns: int) -> None:
+        """A first token came `actual_ns` after its request."""
+        self._correction(forecast, now_ns).learn(forecast, actual_ns)
+
+    def gave_up(self, forecast: Forecast, waited_ns: int, now_ns: int) -> None:
+        """No first token will come of it, and nobody knows how late it would have come."""
+        self._correction(forecast, now_ns).learn(forecast, int(LATER * max(waited_ns, forecast.sure_ns)))
+
+    def _correction(self, forecast: Forecast, now_ns: int) -> Correction:
+        if forecast.is_queued:
+            self._learned_ns = now_ns
+        return self._corrections[forecast.is_queued]
 
 
-class LinearFit:
-    """y = a + b * x by least squares in which old samples fade; b is never negative.
+class Correction:
+    """Of one kind of forecast, by how long earlier ones really took.
 
-    `predict` does not extrapolate: beyond the largest x seen, and beyond the smallest and largest y, the line ends. A
-    guess that is too low is corrected by what it lets happen; one that is too high would prevent its own correction.
+    The quantiles of a window say what most requests stayed under, not what most will: traffic changes, and of those
+    that were given up nobody knows how late they would have been. So which quantile is told is corrected too, by how
+    many really stayed under it (Gibbs and Candes, Adaptive Conformal Inference under Distribution Shift, 2021).
     """
 
-    def __init__(self, forgetting: float = FORGETTING) -> None:
-        self._forgetting = forgetting
-        self._n = self._x = self._y = self._xx = self._xy = 0.0
-        self.most_x = 0.0
-        self._least_y, self._most_y = math.inf, 0.0
-        self.samples = 0
+    def __init__(self) -> None:
+        self._ratios = RollingRatios()
+        self._safe = _Share(SAFE_SHARE)
+        self._sure = _Share(SURE_SHARE)
 
-    def add(self, x: float, y: float) -> None:
-        keep = self._forgetting
-        self._n = keep * self._n + 1
-        self._x = keep * self._x + x
-        self._y = keep * self._y + y
-        self._xx = keep * self._xx + x * x
-        self._xy = keep * self._xy + x * y
-        self.most_x = max(self.most_x, x)
-        self._least_y, self._most_y = min(self._least_y, y), max(self._most_y, y)
-        self.samples += 1
+    def apply(self, raw_ns: int, *, is_queued: bool) -> Forecast:
+        ratios = self._ratios
+        shares = (0.5, self._safe.value, self._sure.value)
+        expected_ns, safe_ns, sure_ns = (int(raw_ns * ratios.quantile(share)) for share in shares)
+        return Forecast(raw_ns, expected_ns, safe_ns, max(safe_ns, sure_ns), is_queued)
 
-    @property
-    def mean(self) -> float:
-        """Of y."""
-        return self._y / self._n if self._n else 0.0
+    def learn(self, forecast: Forecast, actual_ns: int) -> None:
+        self._ratios.add(actual_ns / forecast.raw_ns)
+        self._safe.learn(is_under=actual_ns <= forecast.safe_ns)
+        self._sure.learn(is_under=actual_ns <= forecast.sure_ns)
 
-    @property
-    def slope(self) -> float:
-        """0 while all x were the same."""
-        spread = self._n * self._xx - self._x**2
-        if spread <= 1e-9 * self._n * self._xx:
-            return 0.0
-        return max(0.0, (self._n * self._xy - self._x * self._y) / spread)
 
-    @property
-    def intercept(self) -> float:
-        return (self._y - self.slope * self._x) / self._n if self._n else 0.0
+class _Share:
+    """The quantile to take so that `target` of all samples stay under it."""
 
-    def predict(self, x: float) -> float:
-        """0 before the first sample; the mean while all x were the same."""
-        if not self._n:
-            return 0.0
-        slope = self.slope
-        line = (self._y - slope * self._x) / self._n + slope * min(x, self.most_x)
-        return min(self._most_y, max(self._least_y, line))
+    def __init__(self, target: float) -> None:
+        self._target = target
+        self.value = target
+
+    def learn(self, *, is_under: bool) -> None:
+        value = self.value + SHARE_RATE * (self._target - is_under)
+        self.value = min(MOST_SHARE, max(self._target - SHARE_REACH, value))
 
 
 class RollingRatios:
@@ -268,22 +322,34 @@ class RollingRatios:
     def __init__(self) -> None:
         self._samples: collections.deque[float] = collections.deque(maxlen=WINDOW)
         self._sorted: list[float] = []
-        self.middle = 1.0
-        self.safe = 1.0
-        """What SAFE_SHARE of samples stay under."""
-        self.sure = 1.0
 
     def add(self, sample: float) -> None:
         if len(self._samples) == WINDOW:
             del self._sorted[bisect.bisect_left(self._sorted, self._samples[0])]
         self._samples.append(sample)
         bisect.insort(self._sorted, sample)
-        if len(self._sorted) >= WARM:
-            self.middle = self._sorted[len(self._sorted) // 2]
-            self.safe = self._stayed_under(SAFE_SHARE)
-            self.sure = self._stayed_under(SURE_SHARE)
 
-    def _stayed_under(self, share: float) -> float:
+    def quantile(self, share: float) -> float:
         """The next sample has n + 1 equally likely places: the rank that it stays under in so many of them."""
-        rank = math.ceil((len(self._sorted) + 1) * share)
-        return self._sorted[min(len(self._sorted), rank) - 1]
+        count = len(self._sorted)
+        if count < WARM:
+            return 1.0
+        return self._sorted[min(count, math.ceil((count + 1) * share)) - 1]
+
+
+class FadingMean:
+    """A mean in which old samples fade."""
+
+    def __init__(self, forgetting: float) -> None:
+        self._forgetting = forgetting
+        self._weight = self._total = 0.0
+        self.samples = 0
+
+    def add(self, sample: float) -> None:
+        self._weight = self._forgetting * self._weight + 1
+        self._total = self._forgetting * self._total + sample
+        self.samples += 1
+
+    @property
+    def value(self) -> float:
+        return self._total / self._weight if self._weight else 0.0

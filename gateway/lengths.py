@@ -2,22 +2,35 @@
 
 from __future__ import annotations
 
+from protos.core.contract import Sampling
+
 DEFAULT_TOKENS = 128.0
 SMOOTHING = 0.05
 
 
+def has_fixed_output(sampling: Sampling) -> bool:
+    """Does the answer end at its limit of tokens, and nowhere before?"""
+    return sampling.ignore_eos and sampling.max_tokens is not None and not (sampling.stop or sampling.stop_token_ids)
+
+
 class OutputLengths:
-    """A moving average per tenant; the first request of a tenant is guessed at DEFAULT_TOKENS."""
+    """A mean per tenant, in the end a moving one; the first request of a tenant is guessed at DEFAULT_TOKENS."""
 
     def __init__(self) -> None:
         self._means: dict[str, float] = {}
+        self._weights: dict[str, float] = {}
+        """Of the next answer."""
 
-    def predict(self, tenant: str, max_tokens: int | None, choices: int) -> int:
-        """Output tokens of all choices together."""
+    def predict(self, tenant: str, max_tokens: int | None, choices: int, *, is_fixed: bool = False) -> int:
+        """Output tokens of all choices together; `is_fixed` where they end at `max_tokens` and not before."""
+        if is_fixed and max_tokens is not None:
+            return choices * max_tokens
         mean = self._means.get(tenant, DEFAULT_TOKENS)
         return choices * max(1, round(mean if max_tokens is None else min(mean, max_tokens)))
 
     def learn(self, tenant: str, tokens: int, choices: int) -> None:
         """A request has finished with `tokens` over all its choices."""
         mean = self._means.get(tenant, DEFAULT_TOKENS)
-        self._means[tenant] = mean + SMOOTHING * (tokens / choices - mean)
+        weight = self._weights.get(tenant, 0.5)  # the guess counts as one answer
+        self._means[tenant] = mean + weight * (tokens / choices - mean)
+        self._weights[tenant] = max(SMOOTHING, weight / (1 + weight))

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import msgspec
 
 from gateway.fairness import LeastServed, ServiceCounters
-from gateway.forecast import Forecast
+from gateway.forecast import AnswerLength, Forecast
 from gateway.prefixes import Blocks
 
 AGE_NS = 30_000_000_000
@@ -31,6 +31,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     """Of the prompt, estimated."""
     output_tokens: int = 0
     """Predicted."""
+    has_fixed_output: bool = False
+    """It makes exactly as many."""
     size_bytes: int = 0
     arrived_ns: int = 0
     deadline_ns: int
@@ -46,6 +48,10 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True):
     prompt_bytes: int = 0
     """Length of what the blocks were cut from."""
     session: str | None = None
+
+    @property
+    def answer_length(self) -> AnswerLength:
+        return AnswerLength(self.output_tokens / self.sequences, self.sequences, self.has_fixed_output)
 
     @property
     def is_paid(self) -> bool:

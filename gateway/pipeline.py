@@ -19,7 +19,7 @@ from gateway.calls import Call, Parser
 from gateway.exchange import Cut, Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
 from gateway.fleet import Fleet
 from gateway.identity import authorization, identify
-from gateway.lengths import OutputLengths
+from gateway.lengths import OutputLengths, has_fixed_output
 from gateway.order import Ticket
 from gateway.outlet import Headers, Outlet, Send
 from gateway.prefixes import Blocks, cut
@@ -305,7 +305,9 @@ class Pipeline:
         return grant
 
     def _predict_output(self, exchange: Exchange, call: Call) -> int:
-        return self._lengths.predict(exchange.tenant, call.sampling.max_tokens, call.sampling.n)
+        sampling = call.sampling
+        is_fixed = has_fixed_output(sampling)
+        return self._lengths.predict(exchange.tenant, sampling.max_tokens, sampling.n, is_fixed=is_fixed)
 
     # -- queue
 
@@ -352,6 +354,7 @@ class Pipeline:
             sequences=call.sampling.n,
             input_tokens=call.prompt_tokens_estimate + exchange.output_tokens,
             output_tokens=max(1, self._predict_output(exchange, call) - exchange.output_tokens),
+            has_fixed_output=has_fixed_output(call.sampling),
             size_bytes=len(exchange.body),
             arrived_ns=exchange.timeline.arrived_ns,
             deadline_ns=_wanted_by_ns(exchange, terms, self._clock.mono_ns()),

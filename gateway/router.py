@@ -50,6 +50,11 @@ class Worker(msgspec.Struct, kw_only=True):
     pace: Pace = msgspec.field(default_factory=Pace)
 
     @property
+    def is_open(self) -> bool:
+        """May it be given requests at all?"""
+        return not (self.is_draining or self.is_leaving)
+
+    @property
     def unstarted_tokens(self) -> int:
         """Prompt tokens of requests that it was given and whose first token has not come."""
         return self.forecast.unstarted_tokens
@@ -62,7 +67,7 @@ class Worker(msgspec.Struct, kw_only=True):
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""
-        if self.is_draining or self.is_leaving:
+        if not self.is_open:
             return 0
         return max(0, self.limit.value - ledger.sequences_on(self.name))
 

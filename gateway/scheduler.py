@@ -12,7 +12,7 @@ import heapq
 
 import msgspec
 
-from gateway import router
+from gateway import router, turn
 from gateway.breaker import Breaker, Verdict
 from gateway.fairness import ServiceCounters
 from gateway.forecast import EngineForecast, Forecast, QueueForecast
@@ -119,15 +119,26 @@ class Scheduler:
     def forecast(self, model: str, band: int, tenant: str, input_tokens: int, now_ns: int) -> Forecast | None:
         """When a new request would see its first token; None while there is nothing to tell it from."""
         history = self._history(model)
-        engine_ns = self._engine_ns(model, input_tokens, now_ns)
         queue = self._queues.get(model)
-        if not queue and self._is_open(model, band, input_tokens):
-            return None if engine_ns is None else history.correct(engine_ns, is_queued=False)
-        work = queue.ahead(band, tenant) if queue is not None else Work()
-        wait_ns = history.wait_ns(work.requests, work.tokens, now_ns)
-        if wait_ns is None or engine_ns is None:
-            return None
-        return history.correct(wait_ns + engine_ns, is_queued=True)
+        is_queued = bool(queue) or not self._is_open(model, band, input_tokens)
+        if is_queued:
+            work = queue.ahead(band, tenant) if queue is not None else Work()
+            raw_ns = self._queued_ns(model, input_tokens, work, now_ns)
+        else:
+            raw_ns = self._engine_ns(model, input_tokens, now_ns)
+        return None if raw_ns is None else history.correct(raw_ns, now_ns, is_queued=is_queued)
+
+    def _queued_ns(self, model: str, tokens: int, ahead: Work, now_ns: int) -> int | None:
+        """Time to first token of one that waits, where it would be soonest; each worker has a share of the others."""
+        workers = [worker for worker in self._workers.values() if model in worker.model.names and worker.is_open]
+        slots = sum(worker.model.max_sequences for worker in workers)
+        known_ns = []
+        for worker in workers:
+            wait_ns = turn.wait_ns(worker, self.ledger, ahead, worker.model.max_sequences / slots, now_ns)
+            own_ns = worker.forecast.after_step_ns(tokens)
+            if wait_ns is not None and own_ns is not None:
+                known_ns.append(int(wait_ns) + own_ns)
+        return min(known_ns, default=None)
 
     def _engine_ns(self, model: str, tokens: int, now_ns: int) -> int | None:
         """Time to first token on the worker that would be soonest."""
@@ -194,7 +205,7 @@ class Scheduler:
             ticket = self._queued.get(request)
             if ticket is not None and ticket.deadline_ns == deadline_ns:
                 self.leave(request)
-                self._learn(ticket, now_ns)
+                self._learn_end(ticket, now_ns)
                 expired.append(request)
         return expired
 
@@ -229,7 +240,7 @@ class Scheduler:
             turns.append(model)
             if self._is_too_late(ticket, route, now_ns):
                 self.leave(ticket.request)
-                self._learn(ticket, now_ns)
+                self._learn_end(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
             self._bind(ticket, route, now_ns)
@@ -252,9 +263,9 @@ class Scheduler:
         self.leave(ticket.request)
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
-        self._history(ticket.model).placed(own_tokens, now_ns, others_wait=others_wait)
+        self._history(ticket.model).placed(now_ns, others_wait=others_wait)
         raw_ns = worker.forecast.raw_ns(own_tokens, now_ns)
-        worker.forecast.placed(ticket.request, own_tokens, now_ns)
+        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
@@ -288,6 +299,11 @@ class Scheduler:
     def _learn(self, ticket: Ticket, now_ns: int) -> None:
         if ticket.forecast is not None:
             self._history(ticket.model).learn(ticket.forecast, now_ns - ticket.arrived_ns, now_ns)
+
+    def _learn_end(self, ticket: Ticket, now_ns: int) -> None:
+        """It is given up."""
+        if ticket.forecast is not None:
+            self._history(ticket.model).gave_up(ticket.forecast, now_ns - ticket.arrived_ns, now_ns)
 
     def release(self, request: int, output_tokens: int = 0) -> None:
         """The request no longer runs on its worker; its tenant pays for the tokens that it made."""
@@ -358,7 +374,7 @@ class Scheduler:
         worker = self._workers[name]
         worker.limit.stepped(worker.load)
         is_idle = not worker.load.running + worker.load.waiting
-        step = worker.forecast.stepped(now_ns, is_idle=is_idle)
+        step = worker.forecast.stepped(now_ns, is_idle=is_idle, running=worker.load.running)
         if is_idle:
             worker.pace.rest()
         elif step is not None:

@@ -94,14 +94,14 @@ async def test_a_clients_own_deadline_ends_its_wait() -> None:
 
 
 @in_virtual_time
-async def test_what_would_be_too_late_is_refused_at_once_when_the_queue_has_a_rate() -> None:
+async def test_what_would_be_too_late_is_refused_at_once_when_steps_have_been_seen() -> None:
     async with gateway(max_sequences=1) as g:
         worker = g.fleet.workers["worker-0"]
         clients = [await g.post(UNARY) for _ in range(20)]
-        for slot in range(1, 13):  # one second each: the queue gets its rate
+        for slot in range(1, 13):  # one step each, and a second
+            await asyncio.sleep(1.0)
             worker.token(slot)
             g.fleet.step("worker-0")
-            await asyncio.sleep(1.0)
             worker.finish(slot, output_tokens=1)
             await settle_down()
         hasty = await g.post(UNARY, x_tidegate_ttft_ms="2000")

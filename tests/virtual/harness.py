@@ -34,6 +34,8 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     at_ns: int
     prompt_tokens: int
     output_tokens: int
+    has_fixed_output: bool = False
+    """The gateway knows so: the request has a limit, and ignores the end of sequence."""
     tenant: str = "anonymous"
     weight: float = 1.0
     band: int = 1
@@ -132,6 +134,7 @@ class Gateway:
     def _arrive(self, number: int) -> None:
         result = self.results[number]
         arrival, scheduler = result.arrival, self.scheduler
+        fixed = arrival.has_fixed_output
         result.forecast = scheduler.forecast(MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens, self.now_ns)
         if arrival.is_sheddable and admission.is_hopeless(result.forecast, arrival.patience_ns):
             result.is_refused = True
@@ -145,7 +148,10 @@ class Gateway:
                 weight=arrival.weight,
                 band=arrival.band,
                 input_tokens=arrival.prompt_tokens,
-                output_tokens=self._lengths.predict(arrival.tenant, None, 1),
+                output_tokens=self._lengths.predict(
+                    arrival.tenant, arrival.output_tokens if fixed else None, 1, is_fixed=fixed
+                ),
+                has_fixed_output=fixed,
                 arrived_ns=self.now_ns,
                 deadline_ns=deadline_ns,
                 session=arrival.session,

@@ -1,0 +1,76 @@
+"""How long a step of an engine takes, learned from those that it has made."""
+
+from __future__ import annotations
+
+import math
+
+FORGETTING = 0.99
+LEAST_SPREAD = 1e-9
+"""Relative to the square of what is seen: less is rounding."""
+
+
+class StepFit:
+    """y = a + b * x + c * n by least squares in which old steps fade: y for x prompt tokens and n answers.
+
+    b and c are never negative. `predict` does not extrapolate: beyond the largest x and n seen, and beyond the smallest
+    and largest y, the plane ends, and b is no more than the longest step explains. A guess that is too low is corrected
+    by what it lets happen; one that is too high would prevent its own correction.
+    """
+
+    def __init__(self, forgetting: float = FORGETTING) -> None:
+        self._forgetting = forgetting
+        self._sums: tuple[float, ...] = (0.0,) * 9
+        self._plane = (0.0, 0.0, 0.0)
+        self.most_x = 0.0
+        self._most_n = 0.0
+        self._least_y, self._most_y = math.inf, 0.0
+
+    def add(self, x: float, n: float, y: float) -> None:
+        keep = self._forgetting
+        terms = (1.0, x, n, y, x * x, n * n, x * n, x * y, n * y)
+        self._sums = tuple([keep * total + term for total, term in zip(self._sums, terms, strict=True)])
+        self.most_x, self._most_n = max(self.most_x, x), max(self._most_n, n)
+        self._least_y, self._most_y = min(self._least_y, y), max(self._most_y, y)
+        self._plane = self._solve()
+
+    @property
+    def slope(self) -> float:
+        """What one more prompt token adds; 0 while all x were the same."""
+        return self._plane[1]
+
+    def predict(self, x: float, n: float) -> float:
+        """0 before the first step."""
+        if not self._sums[0]:
+            return 0.0
+        base, slope, each = self._plane
+        y = base + slope * min(x, self.most_x) + each * min(n, self._most_n)
+        return min(self._most_y, max(self._least_y, y))
+
+    def _solve(self) -> tuple[float, float, float]:
+        weight, x, n, y, xx, nn, xn, xy, ny = self._sums
+        spreads = _spread(xx, x, weight), _spread(nn, n, weight)
+        slope, each = _slopes(*spreads, xn - x * n / weight, xy - x * y / weight, ny - n * y / weight)
+        if self.most_x:
+            slope = min(slope, self._most_y / self.most_x)
+        return (y - slope * x - each * n) / weight, slope, each
+
+
+def _spread(squares: float, total: float, weight: float) -> float:
+    """Sum of the squared distances from the mean; 0 where they are all the same."""
+    spread = squares - total * total / weight
+    return spread if spread > LEAST_SPREAD * squares else 0.0
+
+
+def _slopes(xx: float, nn: float, xn: float, xy: float, ny: float) -> tuple[float, float]:
+    """Of x and n, neither negative: where one would be, the other explains what it can alone."""
+    slope = max(0.0, xy / xx) if xx else 0.0
+    each = max(0.0, ny / nn) if nn else 0.0
+    if not (xx and nn):
+        return slope, each
+    determinant = xx * nn - xn * xn
+    if determinant <= LEAST_SPREAD * xx * nn:
+        return slope, 0.0
+    both = (xy * nn - ny * xn) / determinant, (ny * xx - xy * xn) / determinant
+    if min(both) >= 0:
+        return both
+    return (slope, 0.0) if both[1] < 0 else (0.0, each)

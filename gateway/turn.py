@@ -1,0 +1,27 @@
+"""When a waiting request gets its turn on a worker: two things hold it back, places and the pace of the answers.
+
+Both are counted in the worker's steps. A place is free when an answer that has one ends (`gateway.departures`); the
+pace (`gateway.pace`) lets prompts in as fast as steps without one earn the time that they take.
+"""
+
+from __future__ import annotations
+
+import math
+
+from gateway.ledger import Ledger
+from gateway.order import Work
+from gateway.router import Worker
+
+
+def wait_ns(worker: Worker, ledger: Ledger, ahead: Work, share: float, now_ns: int) -> float | None:
+    """Time until it is the turn of who comes after its `share` of what is ahead; None while that is not known."""
+    forecast = worker.forecast
+    if not forecast.is_known:
+        return None
+    requests, tokens = share * ahead.requests, share * ahead.tokens
+    prompts_ns = forecast.prompt_ns(tokens)
+    steps = max(
+        forecast.steps_until(requests + 1 - worker.room(ledger)),
+        worker.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
+    )
+    return forecast.turn_ns(steps, tokens, now_ns) if steps < math.inf else None

@@ -1,0 +1,98 @@
+"""Whose turn comes when, on an engine of which everything is known."""
+
+import pytest
+
+from gateway import turn
+from gateway.forecast import WARM, AnswerLength, EngineForecast
+from gateway.ledger import Lease, Ledger
+from gateway.limiter import SequenceLimit
+from gateway.order import Work
+from gateway.pace import SHARE, Pace
+from gateway.router import Worker
+from tests.gateway.fakes import model_info
+
+MS = 1_000_000
+STEP_MS, TOKEN_MS = 20, 0.5
+SLOTS = 4
+NOW_NS = 3_600_000 * MS
+
+
+def worker(pace: Pace | None = None) -> Worker:
+    """Its steps take 20 ms, and half of one for each prompt token."""
+    model = model_info(max_sequences=SLOTS)
+    return Worker(name="w", model=model, limit=SequenceLimit(SLOTS), forecast=_warm(), pace=pace or Pace())
+
+
+def _warm() -> EngineForecast:
+    forecast, now_ns = EngineForecast(), 0
+    for number in range(-2 * WARM, 0):
+        tokens = 10 * -number
+        forecast.placed(number, tokens, now_ns)
+        forecast.started(number)
+        for computed in (tokens, 0):
+            now_ns += int((STEP_MS + TOKEN_MS * computed) * MS)
+            forecast.stepped(now_ns, is_idle=not computed)
+    return forecast
+
+
+def run(on: Worker, ledger: Ledger, *lengths: AnswerLength) -> None:
+    """Answers whose first token has come, in a step that ends at NOW_NS."""
+    for number, length in enumerate(lengths):
+        ledger.acquire(Lease(request=number, worker=on.name, sequences=1, tokens=1))
+        on.forecast.placed(number, 0, NOW_NS - STEP_MS * MS, length)
+    for number in range(len(lengths)):
+        on.forecast.started(number)
+    on.forecast.stepped(NOW_NS, is_idle=False)
+
+
+def exact(*tokens: int) -> list[AnswerLength]:
+    return [AnswerLength(count, is_exact=True) for count in tokens]
+
+
+def wait_ms(on: Worker, ledger: Ledger, ahead: Work, *, share: float = 1.0, after_ms: int = 0) -> float:
+    wait_ns = turn.wait_ns(on, ledger, ahead, share, NOW_NS + after_ms * MS)
+    assert wait_ns is not None
+    return wait_ns / MS
+
+
+def test_a_turn_comes_when_enough_answers_have_ended() -> None:
+    on, ledger = worker(), Ledger()
+    run(on, ledger, *exact(3, 11, 6, 30))  # a token of each has come
+    assert wait_ms(on, ledger, Work()) == pytest.approx(2 * STEP_MS)
+    assert wait_ms(on, ledger, Work(), after_ms=5) == pytest.approx(2 * STEP_MS - 5)
+    ahead = Work(requests=2, tokens=100)
+    assert wait_ms(on, ledger, ahead) == pytest.approx(10 * STEP_MS + 100 * TOKEN_MS)
+    assert wait_ms(on, ledger, ahead, share=0.5) == pytest.approx(5 * STEP_MS + 50 * TOKEN_MS), "another does the rest"
+
+
+def test_where_places_are_free_only_the_running_step_is_waited_for() -> None:
+    on, ledger = worker(), Ledger()
+    run(on, ledger, *exact(30, 30))
+    assert wait_ms(on, ledger, Work(requests=1)) == pytest.approx(STEP_MS)
+    assert wait_ms(on, ledger, Work(requests=2)) == pytest.approx(29 * STEP_MS)
+
+
+def test_answers_of_unknown_length_are_expected_at_their_mean_rate() -> None:
+    on, ledger = worker(), Ledger()
+    run(on, ledger, *[AnswerLength(40.0)] * SLOTS)
+    assert wait_ms(on, ledger, Work()) == pytest.approx((1 + 10) * STEP_MS)
+
+
+def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
+    target_ms = 2 * STEP_MS / SHARE
+    on, ledger = worker(Pace(int(target_ms * MS))), Ledger()
+    run(on, ledger, *exact(90))
+    for _ in range(20):
+        on.pace.stepped(20 * STEP_MS * MS, has_prefill=True)  # far behind
+    debt_ms = 10 * 2 * STEP_MS
+    ahead = Work(requests=1, tokens=60)
+    steps = (debt_ms + 60 * TOKEN_MS) / STEP_MS
+    assert wait_ms(on, ledger, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
+
+
+def test_nobody_knows_when_nobody_has_come_or_nobody_will_leave() -> None:
+    on, ledger = worker(), Ledger()
+    run(on, ledger, *exact(9))
+    assert turn.wait_ns(on, ledger, Work(requests=SLOTS), 1.0, NOW_NS) is None, "more places than are taken"
+    on.forecast = EngineForecast()
+    assert turn.wait_ns(on, ledger, Work(), 1.0, NOW_NS) is None
