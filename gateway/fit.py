@@ -5,6 +5,11 @@ from __future__ import annotations
 import math
 
 FORGETTING = 0.99
+OUTLIER = 3.0
+"""A step takes part in the fit with at most so many times what was expected: one of seconds, in which the machine did
+something else, would bend it for long. An engine that has become slow is followed all the same, step by step."""
+WARM = 8
+"""Steps after which something is expected."""
 LEAST_SPREAD = 1e-9
 """Relative to the square of what is seen: less is rounding."""
 
@@ -21,11 +26,15 @@ class StepFit:
         self._forgetting = forgetting
         self._sums: tuple[float, ...] = (0.0,) * 9
         self._plane = (0.0, 0.0, 0.0)
+        self._steps = 0
         self.most_x = 0.0
         self._most_n = 0.0
         self._least_y, self._most_y = math.inf, 0.0
 
     def add(self, x: float, n: float, y: float) -> None:
+        if self._steps >= WARM and x <= self.most_x and n <= self._most_n:
+            y = min(y, OUTLIER * self.predict(x, n))
+        self._steps += 1
         keep = self._forgetting
         terms = (1.0, x, n, y, x * x, n * n, x * n, x * y, n * y)
         self._sums = tuple([keep * total + term for total, term in zip(self._sums, terms, strict=True)])
@@ -40,7 +49,7 @@ class StepFit:
 
     def predict(self, x: float, n: float) -> float:
         """0 before the first step."""
-        if not self._sums[0]:
+        if not self._steps:
             return 0.0
         base, slope, each = self._plane
         y = base + slope * min(x, self.most_x) + each * min(n, self._most_n)

@@ -39,6 +39,22 @@ def test_what_never_changed_explains_nothing() -> None:
     assert (same.slope, same.predict(99, 99)) == (0.0, 50)
 
 
+def test_a_step_in_which_the_machine_did_something_else_bends_little() -> None:
+    fit = learned(random.Random(1))
+    fit.add(30, 40, 100 * 100)
+    assert fit.predict(30, 40) == pytest.approx(100, rel=0.1)
+    assert fit.predict(0, 40) == pytest.approx(40, rel=0.1)
+
+
+def test_an_engine_that_has_become_slow_is_followed() -> None:
+    draw, fit = random.Random(1), learned(random.Random(1))
+    for _ in range(500):
+        answers = draw.randint(0, 64)
+        tokens = draw.randint(0, answers)
+        fit.add(tokens, answers, 10 * (20 + 2 * tokens + 0.5 * answers))
+    assert fit.predict(30, 40) == pytest.approx(1_000, rel=0.05)
+
+
 def test_few_short_prompts_do_not_promise_an_age_for_many() -> None:
     """Noise between prompts of nearly one length has any slope; no token took longer than its whole step."""
     fit = StepFit()
