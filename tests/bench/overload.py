@@ -4,6 +4,9 @@ Capacity is found first: the requests per second that the engine alone finishes 
 load then sends the same arrivals both ways. In virtual time, with the gateway's own deciders and a simulated engine;
 with --real, over HTTP to vLLM on this machine: see `tests.bench.overload_real`.
 
+In virtual time there are two workloads: lengths as they come, of which short prompts can be in time where long ones
+cannot, so that more requests are served in time the more there are to choose from; and one length for all.
+
     python -m tests.bench.overload [--loads 0.5,1,1.5,2,2.5,3] [--seconds 600]
     python -m tests.bench.overload --real [...]
     python -m tests.bench.overload --plot tests/bench/overload.svg
@@ -36,7 +39,10 @@ MAPE_CEILING = 0.2
 COVERAGE = (0.88, 0.92)
 REFUSAL_CEILING_MS = 50.0
 
-Kind = Literal["virtual", "real"]
+ONE_LENGTH = (512, 128)
+"""Tokens in and out, as in the usual benchmarks of engines."""
+
+Kind = Literal["virtual", "one length", "real"]
 Path_ = Literal["gateway", "direct"]
 
 
@@ -46,6 +52,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     is_refused: bool
     """When it arrived. One that is given up later was admitted, and missed."""
     is_good: bool
+    prompt_tokens: int | None = None
     ttft_s: float | None = None
     expected_s: float | None = None
     """Of its first token, forecast when it was admitted."""
@@ -63,6 +70,8 @@ class Point(msgspec.Struct, frozen=True, kw_only=True):
     seconds: float
     requests: int
     goodput: float
+    good_prompt_tokens: float | None = None
+    """Per second, of the requests that goodput counts."""
     refused: float
     """Share of all requests."""
     missed: float
@@ -107,6 +116,7 @@ def measure(outcomes: Sequence[Outcome], *, kind: Kind, path: Path_, load: float
         seconds=seconds,
         requests=len(outcomes),
         goodput=sum(one.is_good for one in outcomes) / seconds,
+        good_prompt_tokens=_good_prompt_tokens(outcomes, seconds),
         refused=1 - len(admitted) / len(outcomes),
         missed=sum(not one.is_good for one in admitted) / max(1, len(admitted)),
         mape=sum(errors) / len(errors) if errors else None,
@@ -118,6 +128,12 @@ def measure(outcomes: Sequence[Outcome], *, kind: Kind, path: Path_, load: float
     )
 
 
+def _good_prompt_tokens(outcomes: Sequence[Outcome], seconds: float) -> float | None:
+    tokens = [one.prompt_tokens for one in outcomes if one.is_good]
+    known = [count for count in tokens if count is not None]
+    return sum(known) / seconds if len(known) == len(tokens) else None
+
+
 # ---------------------------------------------------------------- virtual
 
 
@@ -127,9 +143,19 @@ class Shape(msgspec.Struct, frozen=True):
     seconds: float
     seed: int
     preset: str | None
+    lengths: tuple[int, int] | None = None
+    """Tokens in and out of every request, in place of what they would be."""
+
+    @property
+    def about(self) -> str:
+        return "{} in and {} out".format(*self.lengths) if self.lengths else f"{self.preset or 'log-normal'} lengths"
 
     def arrivals(self, rate: float, slo: Slo | None = None) -> list[Arrival]:
-        return poisson(rate, self.seconds, seed=self.seed, slo=slo, preset=self.preset)
+        arrivals = poisson(rate, self.seconds, seed=self.seed, slo=slo, preset=self.preset)
+        if self.lengths is None:
+            return arrivals
+        prompt, output = self.lengths
+        return [msgspec.structs.replace(one, prompt_tokens=prompt, output_tokens=output) for one in arrivals]
 
 
 def outcome(result: Result, slo: Slo) -> Outcome:
@@ -138,6 +164,7 @@ def outcome(result: Result, slo: Slo) -> Outcome:
     return Outcome(
         is_refused=result.is_refused,
         is_good=slo.is_met(result),
+        prompt_tokens=result.arrival.prompt_tokens,
         ttft_s=result.ttft_ns / 1e9 if has_started else None,
         expected_s=forecast.expected_ns / 1e9 if forecast else None,
         safe_s=forecast.safe_ns / 1e9 if forecast else None,
@@ -179,18 +206,17 @@ def find_capacity(model: Engine, shape: Shape) -> float:
     return (end - start) / (finished_ns[end] - finished_ns[start]) * 1e9
 
 
-def virtual_sweep(loads: Sequence[float], shape: Shape) -> Sweep:
+def virtual_sweep(kind: Kind, loads: Sequence[float], shape: Shape) -> Sweep:
     model, slo = engine(PROFILE), Slo()
-
     capacity = find_capacity(model, shape)
-    about = f"{PROFILE}, simulated, in virtual time, {shape.preset or 'log-normal'} lengths"
-    sweep = Sweep("virtual", about, "TTFT 1 s, TPOT 100 ms", capacity)
+    about = f"{PROFILE}, simulated, in virtual time, {shape.about}"
+    sweep = Sweep(kind, about, "TTFT 1 s, TPOT 100 ms", capacity)
     for load in loads:
         rate = load * capacity
         for path, run in (("gateway", through_gateway), ("direct", straight)):
             outcomes = run(model, slo, rate, shape)
             sweep.points.append(
-                measure(outcomes, kind="virtual", path=path, load=load, rate=rate, seconds=shape.seconds)  # type: ignore[arg-type]
+                measure(outcomes, kind=kind, path=path, load=load, rate=rate, seconds=shape.seconds)  # type: ignore[arg-type]
             )
     return sweep
 
@@ -224,6 +250,7 @@ def print_sweep(sweep: Sweep) -> None:
                 f"{other.goodput:.2f}" if other else "-",
                 f"{point.goodput:.2f}",
                 f"{point.goodput / peak:.0%}" if peak else "-",
+                "-" if point.good_prompt_tokens is None else f"{point.good_prompt_tokens:.0f}",
                 f"{point.missed:.1%}",
                 f"{point.refused:.1%}",
                 f"{point.ttft_p50_s:.2f}/{point.ttft_p95_s:.2f}",
@@ -239,6 +266,7 @@ def print_sweep(sweep: Sweep) -> None:
             "engine alone",
             "gateway",
             "of peak",
+            "its prompt tokens/s",
             "admitted, missed",
             "refused",
             "TTFT p50/p95 s",
@@ -292,9 +320,12 @@ def main() -> int:
 
         return real_main(rest, arguments.loads, arguments.seed)
     parser.parse_args()  # nothing unknown may be left
-    sweep = virtual_sweep(arguments.loads, Shape(arguments.seconds, arguments.seed, arguments.preset))
-    keep(sweep)
-    print_sweep(sweep)
+    shape = Shape(arguments.seconds, arguments.seed, arguments.preset)
+    shapes: dict[Kind, Shape] = {"virtual": shape, "one length": msgspec.structs.replace(shape, lengths=ONE_LENGTH)}
+    for kind, shape in shapes.items():
+        sweep = virtual_sweep(kind, arguments.loads, shape)
+        keep(sweep)
+        print_sweep(sweep)
     return 0
 
 

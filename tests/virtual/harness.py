@@ -86,7 +86,9 @@ class Gateway:
         max_batch_tokens: int = 8192,
         wire_ns: int = 500_000,
         token_target_ns: int | None = None,
+        jitter: Callable[[], float] = lambda: 1.0,
     ) -> None:
+        """`jitter` is by how much the next step takes longer than the parameters say."""
         self.scheduler = Scheduler(token_target_ns)
         self.now_ns = 0
         self.results: list[Result] = []
@@ -98,6 +100,7 @@ class Gateway:
         """Called when a request has finished: what its client sends next."""
         self._lengths = OutputLengths()
         self._wire_ns = wire_ns
+        self._jitter = jitter
         self._kv_blocks = parameters.kv_blocks
         self._events: list[tuple[int, int, Callable[[], None]]] = []
         self._order = itertools.count()
@@ -199,7 +202,8 @@ class Gateway:
             self._busy.discard(worker)
             return
         self._busy.add(worker)
-        self._at(step.ended_ns, lambda: self._stepped(worker, step.tokens, step.finished))
+        ended_ns = self.now_ns + int(self._jitter() * (step.ended_ns - self.now_ns))
+        self._at(ended_ns, lambda: self._stepped(worker, step.tokens, step.finished))
 
     def _stepped(self, worker: str, tokens: list[Sequence[int]], finished: list[Sequence[int]]) -> None:
         for sequence in tokens:
