@@ -43,6 +43,9 @@ class Connection(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        # Full is what the client's socket does not take, not what a buffer before it does not: tokens go to the socket
+        # itself, and must not overtake what waits here.
+        transport.set_write_buffer_limits(high=0)
         self._running: RequestResponseCycle | None = None
         """The request that is being answered; `cycle` is the one that was read last."""
         self._wire: Wire | None = None

@@ -355,9 +355,9 @@ class Exchange:
     def _open_stream(self) -> None:
         """From here on plain text goes to the socket without coming by, until `outlet` says otherwise."""
         assert self.answer is not None
-        write = self.outlet.raw
-        if write is not None and not (self._keeps_output or self.is_deaf):
-            self.stream.open(write, *self.answer.text_frame(0))
+        socket = self.outlet.socket
+        if socket is not None and not (self._keeps_output or self.is_deaf):
+            self.stream.open(socket, *self.answer.text_frame(0))
 
     def take_withheld(self) -> bytes:
         """What waits for the socket, rendered; the plain text of a choice is joined into one event."""

@@ -15,7 +15,7 @@ import types
 from collections.abc import Awaitable, Callable, Coroutine, Generator
 from typing import Any
 
-from gateway.wire import Wire
+from gateway.wire import Socket, Wire
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -57,7 +57,7 @@ class Outlet:
         self.on_drained: Callable[[], None] = _nothing
         """Called when a full socket takes data again."""
         self.on_closed: Callable[[], None] = _nothing
-        """Called when `raw` must not be used any more: the socket is full, or the client is gone."""
+        """Called when `socket` must not be used any more: the socket is full, or the client is gone."""
         self.on_left: Callable[[], None] = _nothing
         """Called when the client is gone, where `tells_of_leaving`."""
         if wire is not None:
@@ -95,9 +95,9 @@ class Outlet:
         self._wire.write(data)
 
     @property
-    def raw(self) -> Callable[[bytes], None] | None:
+    def socket(self) -> Socket | None:
         """A way around `push` for HTTP chunks, until `on_closed`; None where there is none now."""
-        return None if self._wire is None or self.is_blocked else self._wire.raw
+        return None if self._wire is None or self.is_blocked else self._wire.socket
 
     async def unblocked(self) -> None:
         """Wait until the socket takes data again."""

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import msgspec
 
+from gateway.wire import Socket
 from protos.core.contract import TokenLogprob
 
 SIZES = tuple(b"%x\r\n" % size for size in range(2048))
 """Heads of HTTP chunks."""
+_write = os.write
 _encode = msgspec.json.Encoder().encode
 
 
@@ -28,15 +31,31 @@ class Owner(Protocol):
 class TokenStream:
     """Counts tokens and, while it is open, writes their text to the client's socket.
 
+    To the socket itself: a transport's `write` touches five objects more. What the socket does not take at once is the
+    transport's, which then says that it is full, and the stream is closed.
+
     Small on purpose. With hundreds of streams, a step finds the memory of none of them in the processor's cache: each
     further object that a token touches costs as much as a dozen operations on one that is there.
     """
 
-    __slots__ = ("_charged", "_closing", "_fixed", "_left", "_opening", "_owner", "_write", "last_ns", "max_gap_ns")
+    __slots__ = (
+        "_charged",
+        "_closing",
+        "_descriptor",
+        "_fixed",
+        "_left",
+        "_opening",
+        "_owner",
+        "_queue",
+        "last_ns",
+        "max_gap_ns",
+    )
 
     def __init__(self, owner: Owner) -> None:
         self._owner = owner
-        self._write: Callable[[bytes], None] | None = None
+        self._descriptor: int | None = None
+        """Of the socket, while the stream is open."""
+        self._queue: Callable[[bytes], None] | None = None
         self._opening = self._closing = b""
         self._fixed = 0
         self._charged = 0
@@ -62,21 +81,21 @@ class TokenStream:
         self._left += tokens - self._charged
         self._charged = tokens
 
-    def open(self, write: Callable[[bytes], None], opening: bytes, closing: bytes) -> None:
-        """Each text leaves by `write` as one HTTP chunk: `opening`, its JSON, `closing`."""
-        self._write = write
+    def open(self, socket: Socket, opening: bytes, closing: bytes) -> None:
+        """Each text leaves as one HTTP chunk: `opening`, its JSON, `closing`."""
+        self._descriptor, self._queue = socket
         self._opening = opening
         self._closing = closing + b"\r\n"
         self._fixed = len(opening) + len(closing)
 
     def close(self) -> None:
         """All that comes goes to the owner, as before `open`."""
-        self._write = None
+        self._descriptor = self._queue = None
 
     def token(self, text: str, count: int, now_ns: int) -> None:
         """A row of an engine's step: plain text of the first choice."""
-        write = self._write
-        if write is None or not text:
+        descriptor = self._descriptor
+        if descriptor is None or not text:
             self._owner.delta(text, count, 0, None, now_ns)
             return
         left = self._left = self._left - count
@@ -88,7 +107,14 @@ class TokenStream:
             self._owner.on_overrun()
         encoded = _encode(text)
         size = self._fixed + len(encoded)
-        write((SIZES[size] if size < 2048 else b"%x\r\n" % size) + self._opening + encoded + self._closing)
+        chunk = (SIZES[size] if size < 2048 else b"%x\r\n" % size) + self._opening + encoded + self._closing
+        try:
+            written = _write(descriptor, chunk)
+        except OSError:  # full, or broken: the transport meets the same, and acts on it
+            written = 0
+        if written != len(chunk):
+            assert self._queue is not None
+            self._queue(chunk[written:])
 
     def count(self, tokens: int, now_ns: int) -> None:
         """Tokens came that `token` did not write."""

@@ -6,11 +6,20 @@ An ASGI message per chunk is a coroutine, a dict and a dozen checks: more than a
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from uvicorn.protocols.http.httptools_impl import RequestResponseCycle
 
 WIRE = "tidegate.wire"
 """Key of the ASGI scope under which a request finds its Wire."""
+
+
+class Socket(NamedTuple):
+    """Of a connection that has nothing to write: bytes may go to it directly."""
+
+    descriptor: int
+    queue: Callable[[bytes], None]
+    """Takes what the socket does not. The connection is full then, unless it became free meanwhile."""
 
 
 class Wire:
@@ -51,9 +60,15 @@ class Wire:
             self._cycle.transport.write(b"%x\r\n%b\r\n" % (len(body), body))
 
     @property
-    def raw(self) -> Callable[[bytes], None] | None:
-        """Writes bytes that are chunks already, until `on_full` or `on_left`; None where it is too late."""
-        return None if self._cycle.disconnected else self._cycle.transport.write
+    def socket(self) -> Socket | None:
+        """For bytes that are chunks already, until `on_full` or `on_left`; None where it is too late.
+
+        Until `on_left` the descriptor is this connection's: only then is it closed, and may become another's.
+        """
+        if self._cycle.disconnected:
+            return None
+        transport = self._cycle.transport
+        return Socket(transport.get_extra_info("socket").fileno(), transport.write)
 
 
 def _nothing() -> None:

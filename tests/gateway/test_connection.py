@@ -59,6 +59,9 @@ class FakeTransport(asyncio.Transport):
     def get_write_buffer_size(self) -> int:
         return self.unread_bytes
 
+    def set_write_buffer_limits(self, high: int | None = None, low: int | None = None) -> None:
+        assert high == 0, "tokens would overtake what waits in a buffer"
+
     def pause_reading(self) -> None:
         pass
 

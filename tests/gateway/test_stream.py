@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import socket
+from collections.abc import Callable, Iterator, Sequence
+
+import pytest
 
 from gateway.answers import ChatAnswer
 from gateway.stream import SIZES, TokenStream
+from gateway.wire import Socket
 from protos.core.contract import TokenLogprob
 
 
@@ -24,11 +28,30 @@ class FakeOwner:
         self.overruns += 1
 
 
-def open_stream(owner: FakeOwner, opening: bytes = b"<", closing: bytes = b">") -> tuple[TokenStream, list[bytes]]:
-    stream, written = TokenStream(owner), list[bytes]()
-    stream.charged_tokens = 10
-    stream.open(written.append, opening, closing)
-    return stream, written
+class Peer:
+    """Both ends of a client's connection: ours does not block, and `queued` is what it did not take."""
+
+    def __init__(self) -> None:
+        self.ours, self.client = socket.socketpair()
+        self.ours.setblocking(False)
+        self.queued: list[bytes] = []
+
+    def read(self) -> bytes:
+        """What has come."""
+        return self.client.recv(1 << 20, socket.MSG_DONTWAIT)
+
+    def open(self, owner: FakeOwner, opening: bytes = b"<", closing: bytes = b">") -> TokenStream:
+        stream = TokenStream(owner)
+        stream.charged_tokens = 10
+        stream.open(Socket(self.ours.fileno(), self.queued.append), opening, closing)
+        return stream
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    peer = Peer()
+    with peer.ours, peer.client:
+        yield peer
 
 
 def dechunked(data: bytes) -> bytes:
@@ -37,46 +60,48 @@ def dechunked(data: bytes) -> bytes:
     return rest[: int(size, 16)]
 
 
-def test_a_text_leaves_as_one_http_chunk() -> None:
-    stream, written = open_stream(FakeOwner())
+def test_a_text_leaves_as_one_http_chunk(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
     stream.token('a "quoted" é\n', 2, 1)
-    assert dechunked(written[0]) == '<"a \\"quoted\\" é\\n">'.encode()
+    assert dechunked(peer.read()) == '<"a \\"quoted\\" é\\n">'.encode()
 
 
-def test_a_chunk_larger_than_the_table_of_sizes_has_the_right_size() -> None:
-    stream, written = open_stream(FakeOwner())
+def test_a_chunk_larger_than_the_table_of_sizes_has_the_right_size(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
     for length in (len(SIZES) - 5, len(SIZES) - 4, len(SIZES) - 3, 70_000):
         stream.token("x" * length, 1, 1)
-        assert len(dechunked(written[-1])) == length + 4
+        assert len(dechunked(peer.read())) == length + 4
 
 
-def test_an_open_stream_writes_what_the_answer_would() -> None:
+def test_an_open_stream_writes_what_the_answer_would(peer: Peer) -> None:
     answer = ChatAnswer("r", "m", 1, wants_usage=True)
-    stream, written = open_stream(FakeOwner(), *answer.text_frame(0))
+    stream = peer.open(FakeOwner(), *answer.text_frame(0))
     stream.token("hello", 1, 1)
-    assert dechunked(written[0]) == answer.chunk(0, "hello", None)
+    assert dechunked(peer.read()) == answer.chunk(0, "hello", None)
 
 
-def test_a_closed_stream_and_a_row_without_text_leave_everything_to_the_owner() -> None:
+def test_a_closed_stream_and_a_row_without_text_leave_everything_to_the_owner(peer: Peer) -> None:
     owner = FakeOwner()
-    stream, written = open_stream(owner)
+    stream = peer.open(owner)
     stream.token("", 1, 1)
     stream.close()
     stream.token("late", 1, 2)
-    assert (owner.heard, written, stream.tokens) == (["", "late"], [], 0)
+    assert (owner.heard, stream.tokens) == (["", "late"], 0)
+    with pytest.raises(BlockingIOError):
+        peer.read()
 
 
-def test_tokens_are_counted_whoever_writes_them() -> None:
-    stream, _ = open_stream(FakeOwner())
+def test_tokens_are_counted_whoever_writes_them(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
     stream.count(3, 5)
     stream.token("a", 2, 6)
     stream.charged_tokens = 40
     assert (stream.tokens, stream.charged_tokens) == (5, 40)
 
 
-def test_the_owner_hears_of_each_row_beyond_what_was_charged() -> None:
+def test_the_owner_hears_of_each_row_beyond_what_was_charged(peer: Peer) -> None:
     owner = FakeOwner()
-    stream, _ = open_stream(owner)
+    stream = peer.open(owner)
     stream.token("a", 10, 1)
     assert owner.overruns == 0
     stream.token("b", 1, 2)
@@ -87,11 +112,30 @@ def test_the_owner_hears_of_each_row_beyond_what_was_charged() -> None:
     assert owner.overruns == 2
 
 
-def test_the_longest_gap_is_between_tokens_and_not_before_the_first() -> None:
-    stream, _ = open_stream(FakeOwner())
+def test_the_longest_gap_is_between_tokens_and_not_before_the_first(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
     stream.count(1, 1_000)
     assert stream.max_gap_ns == 0
     stream.token("a", 1, 1_010)
     stream.token("b", 1, 1_050)
     stream.count(1, 1_060)
     assert (stream.max_gap_ns, stream.last_ns) == (40, 1_060)
+
+
+def test_what_the_socket_does_not_take_is_left_to_the_transport(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
+    sent = 0
+    while not peer.queued:
+        stream.token("x" * 10_000, 1, 1)
+        sent += 1
+    taken = b""
+    while len(taken) + len(peer.queued[0]) < sent * len(b"2714\r\n") + sent * 10_006:
+        taken += peer.read()
+    assert (taken + peer.queued[0]).count(b"x" * 10_000) == sent
+
+
+def test_a_broken_socket_is_the_transport_s_to_find(peer: Peer) -> None:
+    stream = peer.open(FakeOwner())
+    peer.client.close()
+    stream.token("a", 1, 1)
+    assert [dechunked(chunk) for chunk in peer.queued] == [b'<"a">']
