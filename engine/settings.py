@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
 from engine.sim.parameters import SimParameters
 
+NotNegative = Annotated[int, msgspec.Meta(ge=0)]
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -35,6 +36,10 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_model_len: int | None = None
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
+    yielding_tokens: NotNegative | None = None
+    """Prompt tokens that one step computes of requests that are not urgent, so that urgent ones can start soon; a
+    sixteenth of `max_num_batched_tokens` without it, 0 for no limit. Where one tenant has the gateway for itself and
+    uses no bands but the ordinary one, all its requests are urgent."""
 
     dtype: str = "auto"
     """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""

@@ -26,6 +26,8 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", tag
     max_batch_tokens: int
     kv_blocks: int
     kv_block_tokens: int
+    yielding_tokens: int = 0
+    """See `engine.yielding`."""
 
 
 class LoggedStep(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", tag="step"):

@@ -16,6 +16,7 @@ from engine.sim.prompt import TOKEN_BYTES, hash_blocks, pack_ids, read_tokens
 from engine.sim.simulator import Limits, Sequence, Simulator, Step
 from engine.sim.text import Script, fake_logprob, write_script
 from engine.step_log import EngineFacts, LoggedRequest, LoggedStep, StepLogWriter
+from engine.yielding import limit_of
 from protos.core.contract import (
     FailureKind,
     Finished,
@@ -75,8 +76,9 @@ class SimBackend:
         self._settings = settings
         self._parameters = settings.sim
         self._context_tokens = settings.max_model_len or DEFAULT_CONTEXT_TOKENS
+        batch_tokens = settings.max_num_batched_tokens or DEFAULT_BATCH_TOKENS
         self._limits = Limits(
-            settings.max_num_seqs or DEFAULT_SEQUENCES, settings.max_num_batched_tokens or DEFAULT_BATCH_TOKENS
+            settings.max_num_seqs or DEFAULT_SEQUENCES, batch_tokens, limit_of(settings.yielding_tokens, batch_tokens)
         )
         self._simulator: Simulator[_Choice] = Simulator(self._parameters, self._limits)
         self._arrived = asyncio.Event()
@@ -218,6 +220,7 @@ class SimBackend:
                 max_batch_tokens=model.max_batch_tokens,
                 kv_blocks=model.kv_blocks,
                 kv_block_tokens=model.kv_block_tokens,
+                yielding_tokens=self._limits.yielding_tokens,
             )
         )
         return log

@@ -35,6 +35,7 @@ from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
 from engine.stall import Look, Stall
 from engine.step_log import STEP_LOG
+from engine.yielding import YIELDING_TOKENS
 from protos.core.contract import (
     ChatPrompt,
     FailureKind,
@@ -318,18 +319,24 @@ class VllmBackend:
             config = AsyncEngineArgs(**arguments).create_engine_config()
         except (ValidationError, ValueError, OSError, NotImplementedError) as error:
             raise ConfigError(f"vLLM cannot serve {self._source}: {_one_line(error)}") from None
-        if self._settings.step_log:
-            _log_steps(config, Path(self._settings.step_log))
+        _choose_scheduler(config, self._settings)
         return _start_engine(AsyncLLM, config, self._recorder)
 
 
-def _log_steps(config: Any, path: Path) -> None:
-    step_log.create(path)
-    os.environ[STEP_LOG] = str(path.absolute())
-    is_async = config.scheduler_config.async_scheduling
-    config.scheduler_config.scheduler_cls = (
-        f"engine.backends.vllm_step_log.{'LoggedAsyncScheduler' if is_async else 'LoggedScheduler'}"
-    )
+def _choose_scheduler(config: Any, settings: EngineSettings) -> None:
+    """By name: vLLM makes it in its engine process, which finds there what the environment tells it."""
+    module, prefix = "vllm_scheduler", "Yielding"
+    if settings.step_log:
+        path = Path(settings.step_log)
+        step_log.create(path)
+        os.environ[STEP_LOG] = str(path.absolute())
+        module, prefix = "vllm_step_log", "Logged"
+    elif config.scheduler_config.scheduler_cls is not None or settings.yielding_tokens == 0:
+        return
+    if settings.yielding_tokens is not None:
+        os.environ[YIELDING_TOKENS] = str(settings.yielding_tokens)
+    kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
+    config.scheduler_config.scheduler_cls = f"engine.backends.{module}.{prefix}{kind}"
 
 
 def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:

@@ -1,4 +1,4 @@
-"""vLLM's own scheduler, writing a step log.
+"""The scheduler in vLLM, writing a step log.
 
 Runs in vLLM's engine process, which makes it by its name from `SchedulerConfig.scheduler_cls`. vLLM does not call that
 interface stable: what is used here is `schedule`, `update_from_output`, `add_request` and `finish_requests` of 0.32.
@@ -12,9 +12,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from vllm.v1.core.sched.async_scheduler import AsyncScheduler
-from vllm.v1.core.sched.scheduler import Scheduler
-
+from engine.backends.vllm_scheduler import YieldingAsyncScheduler, YieldingScheduler
 from engine.sim.parameters import Work
 from engine.step_log import STEP_LOG, EngineFacts, LoggedRequest, LoggedStep, StepLogWriter
 
@@ -152,11 +150,11 @@ class _Logged:
         return finished
 
 
-class LoggedScheduler(_Logged, Scheduler):  # type: ignore[misc]
+class LoggedScheduler(_Logged, YieldingScheduler):
     """For `async_scheduling=False`."""
 
 
-class LoggedAsyncScheduler(_Logged, AsyncScheduler):  # type: ignore[misc]
+class LoggedAsyncScheduler(_Logged, YieldingAsyncScheduler):
     """For `async_scheduling=True`."""
 
 
@@ -171,4 +169,5 @@ def _facts(scheduler: Any) -> EngineFacts:
         # One block is vLLM's own, for padding.
         kv_blocks=scheduler.kv_cache_config.num_blocks - 1,
         kv_block_tokens=config.cache_config.block_size,
+        yielding_tokens=scheduler.yielding_tokens,
     )

@@ -6,12 +6,14 @@ admission, then waiting ones by priority and arrival as slots, budget and KV blo
 chunks of the budget; one is admitted when blocks for all of it are free. When blocks run out, the sequence of the
 lowest priority that arrived last gives its blocks back and waits to be computed again, and none is admitted in that
 step. Full blocks are cached by hash and shared; at least one token is always computed. vLLM's watermark is 0 and not
-modelled, nor are speculative decoding and asynchronous scheduling.
+modelled, nor are speculative decoding and asynchronous scheduling. Prompts make way for urgent ones (`engine.yielding`)
+as they do in `engine.backends.vllm_scheduler`.
 """
 
 from __future__ import annotations
 
 import heapq
+import itertools
 from collections import abc
 from operator import attrgetter
 from typing import Generic, TypeVar
@@ -20,6 +22,7 @@ import msgspec
 
 from engine.sim.kv_cache import KvCache
 from engine.sim.parameters import SimParameters, Work
+from engine.yielding import URGENT_PRIORITY, Yielding
 
 T = TypeVar("T")
 
@@ -29,6 +32,8 @@ _rank = attrgetter("rank")
 class Limits(msgspec.Struct, frozen=True):
     max_sequences: int
     max_batch_tokens: int
+    yielding_tokens: int = 0
+    """See `engine.yielding`."""
 
 
 class Sequence(Generic[T]):
@@ -91,6 +96,10 @@ class Sequence(Generic[T]):
     def uncomputed(self) -> int:
         return self.prompt_tokens + self.generated - self.computed
 
+    @property
+    def is_urgent(self) -> bool:
+        return self.rank[0] <= URGENT_PRIORITY
+
 
 class Step(Generic[T]):
     """What one step does; all of it is visible at `ended_ns`."""
@@ -117,6 +126,9 @@ class Simulator(Generic[T]):
         self._waiting: list[tuple[tuple[int, int], Sequence[T]]] = []
         """A heap by (priority, arrival). Cancelled sequences stay until they surface."""
         self._submitted = 0
+        self._yielding = Yielding(limits.max_batch_tokens, limits.yielding_tokens)
+        self._yielding_count = 0
+        """Sequences that yield and are not over."""
         self._cache = KvCache(parameters.kv_blocks)
         self._cancelled_running = 0
         self.waiting_count = 0
@@ -157,6 +169,7 @@ class Simulator(Generic[T]):
         assert output_tokens > 0
         assert prompt_tokens + output_tokens <= self._parameters.kv_blocks * self._block_tokens
         self._submitted += 1
+        self._yielding_count += priority > URGENT_PRIORITY
         sequence = Sequence(owner, prompt_tokens, output_tokens, (priority, self._submitted), block_hashes, now_ns)
         self._enqueue(sequence)
         return sequence
@@ -165,7 +178,7 @@ class Simulator(Generic[T]):
         """Forget a sequence and free its blocks at once. False where it is over already."""
         if sequence.is_over:
             return False
-        sequence.is_over = True
+        self._end(sequence)
         if sequence.is_running:
             self._cancelled_running += 1
             self._release(sequence)
@@ -181,14 +194,29 @@ class Simulator(Generic[T]):
             return None
         scheduled: list[Sequence[T]] = []
         chunks: list[int] = []
-        budget = self._limits.max_batch_tokens
         preemptions = self.preemptions
+        budget, sitting_out = self._make_way()
         budget = self._schedule_running(scheduled, chunks, budget)
         if self.preemptions == preemptions:
-            self._admit(scheduled, chunks, budget, now_ns)
+            self._admit(scheduled, chunks, budget, self._limits.max_sequences - len(sitting_out), now_ns)
+        self._running += sitting_out
         work = _work_of(scheduled, chunks)
         self.step_ns = self._parameters.duration_ns(work)
         return self._advance(scheduled, chunks, work, now_ns + self.step_ns)
+
+    def _make_way(self) -> tuple[int, list[Sequence[T]]]:
+        """The step's budget, and running sequences that are not in it."""
+        if not self._yielding.is_on or not self._yielding_count:
+            return self._limits.max_batch_tokens, []
+        prompts = [sequence for sequence in self._running if sequence.uncomputed > 1 or not sequence.generated]
+        waiting = (sequence for _, sequence in self._waiting if not sequence.is_over)
+        urgent_tokens = sum(one.uncomputed for one in itertools.chain(prompts, waiting) if one.is_urgent)
+        plan = self._yielding.plan(len(self._running) - len(prompts), urgent_tokens)
+        sitting_out = [sequence for sequence in prompts if plan.is_urgent and not sequence.is_urgent]
+        if sitting_out:
+            out = set(map(id, sitting_out))
+            self._running = [sequence for sequence in self._running if id(sequence) not in out]
+        return plan.budget_tokens, sitting_out
 
     def _schedule_running(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int) -> int:
         running = self._running
@@ -234,8 +262,8 @@ class Simulator(Generic[T]):
         self._preempt(sequence)
         return index
 
-    def _admit(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int, now_ns: int) -> None:
-        while self._waiting and budget > 0 and len(self._running) < self._limits.max_sequences:
+    def _admit(self, scheduled: list[Sequence[T]], chunks: list[int], budget: int, most: int, now_ns: int) -> None:
+        while self._waiting and budget > 0 and len(self._running) < most:
             sequence = self._waiting[0][1]
             if sequence.is_over:
                 heapq.heappop(self._waiting)
@@ -309,9 +337,13 @@ class Simulator(Generic[T]):
 
     def _retire(self, finished: list[Sequence[T]]) -> None:
         for sequence in finished:
-            sequence.is_over = True
+            self._end(sequence)
             self._release(sequence)
         self._running = [sequence for sequence in self._running if not sequence.is_over]
+
+    def _end(self, sequence: Sequence[T]) -> None:
+        sequence.is_over = True
+        self._yielding_count -= not sequence.is_urgent
 
     def _sweep(self) -> None:
         if self._cancelled_running:

@@ -321,6 +321,24 @@ async def test_step_log_holds_the_steps_and_the_request(address: str, step_log_p
     assert not request.is_cancelled
 
 
+async def test_prompts_that_yield_are_computed_in_small_parts_and_urgent_ones_whole(
+    address: str, step_log_path: Path
+) -> None:
+    before = step_log.read(step_log_path)
+    yielding = submit(1, TokenPrompt(tuple(range(20_000, 20_400))), max_tokens=2, ignore_eos=True)
+    urgent = submit(2, TokenPrompt(tuple(range(21_000, 21_300))), max_tokens=2, ignore_eos=True)
+    async with connect(address) as peer:
+        await peer.ask(msgspec.structs.replace(yielding, priority=2), urgent)
+    after = step_log.read(step_log_path)
+    assert after.engine.yielding_tokens == 512 // 16
+    prefills = [step.work.prefill_tokens for step in after.steps[len(before.steps) :] if step.work.prefill_tokens]
+    assert sum(prefills) == 700
+    assert prefills.count(300) == 1, "the urgent prompt has a step for itself"
+    assert sorted(prefills)[-2] <= 512 // 16
+    yielded, first = sorted(after.requests[len(before.requests) :], key=lambda request: -request.prompt_tokens)
+    assert first.first_token_ns < yielded.first_token_ns
+
+
 async def test_load_counts_what_runs_and_what_waits(address: str) -> None:
     async with connect(address) as peer:
         answers = await peer.submit(*(submit(slot, max_tokens=200, ignore_eos=True) for slot in range(20)))

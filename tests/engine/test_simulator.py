@@ -192,6 +192,59 @@ def test_prompt_waits_until_blocks_for_all_of_it_are_free() -> None:
     assert late.is_over
 
 
+def making_way(budget: int = 64, yielding_tokens: int = 4, blocks: int = 64) -> Simulator[str]:
+    parameters = SimParameters(step_us=1000, kv_blocks=blocks, kv_block_tokens=BLOCK_TOKENS)
+    return Simulator(parameters, Limits(4, budget, yielding_tokens))
+
+
+def test_prompt_that_yields_is_computed_a_few_tokens_a_step() -> None:
+    sim = making_way()
+    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, now_ns=0)
+    assert [step.work.prefill_tokens for step in run(sim)] == [4, 4, 4]
+
+
+def test_urgent_prompt_is_computed_whole_in_the_next_step_and_the_others_sit_it_out() -> None:
+    sim = making_way()
+    sim.submit("answer", prompt_tokens=4, output_tokens=4, priority=2, now_ns=0)
+    sim.step(0)
+    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, now_ns=1)
+    sim.step(1)
+    sim.submit("urgent", prompt_tokens=20, output_tokens=1, now_ns=2)
+    step = sim.step(2)
+    assert step is not None
+    assert (owners(step.tokens), step.work.prefill_tokens) == (["answer", "urgent"], 20)
+    assert [owners(later.tokens) for later in run(sim, 3)] == [["answer"], ["batch"]]
+
+
+def test_one_that_sits_out_keeps_its_place_among_the_sequences() -> None:
+    sim = making_way()
+    for number in range(3):
+        sim.submit(f"batch-{number}", prompt_tokens=12, output_tokens=1, priority=2, now_ns=0)
+    sim.step(0)
+    sim.submit("urgent", prompt_tokens=4, output_tokens=1, now_ns=1)
+    sim.step(1)
+    assert sim.running_count + sim.waiting_count == 3
+    finished = [owners(step.finished) for step in run(sim, 2)]
+    assert sorted(itertools.chain(*finished)) == ["batch-0", "batch-1", "batch-2"]
+
+
+def test_urgent_prompt_without_blocks_waits_for_the_prompts_that_hold_them() -> None:
+    sim = making_way(blocks=8)
+    sim.submit("batch", prompt_tokens=24, output_tokens=2, priority=2, now_ns=0)
+    for now_ns in range(5):
+        sim.step(now_ns)
+    sim.submit("urgent", prompt_tokens=16, output_tokens=2, now_ns=5)
+    finished = [owners(step.finished) for step in run(sim, 5)]
+    assert list(itertools.chain(*finished)) == ["batch", "urgent"]
+
+
+def test_urgent_requests_alone_are_not_held_up() -> None:
+    sim = making_way()
+    sim.submit("a", prompt_tokens=30, output_tokens=1, now_ns=0)
+    sim.submit("b", prompt_tokens=30, output_tokens=1, now_ns=0)
+    assert [owners(step.tokens) for step in run(sim)] == [["a", "b"]]
+
+
 def test_same_submits_make_the_same_steps() -> None:
     def steps() -> list[tuple[int, list[str], list[str]]]:
         draw = random.Random(7)
