@@ -29,6 +29,8 @@ class Placed(msgspec.Struct, frozen=True):
     worker: str
     cached_tokens: int = 0
     """Of the prompt, expected in the worker's prefix cache."""
+    priority: int = 0
+    """In the engine."""
 
 
 class Lost(msgspec.Struct, frozen=True):

@@ -1,9 +1,10 @@
 """Who is owed service: the Virtual Token Counter (Sheng et al., "Fairness in Serving LLMs", OSDI 2024).
 
 Each tenant has a counter of the tokens it was served, over its weight; the waiting tenant with the smallest is next. A
-tenant that returns from idle is lifted to the others, so that it cannot save up service while it asks for none. Between
-two tenants that both wait, service over weight differs by at most 2 * max(input_weight * longest prompt,
-output_weight * tokens of the largest batch): see `bound`.
+tenant that returns from idle is lifted to the others, so that it cannot save up service while it asks for none, but for
+`CREDIT`: what it let pass of its share, up to a few requests, is kept for it. So the burst of a quiet tenant is next at
+once, and a tenant that asks for more than its share has none. Between two tenants that both wait, service over weight
+differs by at most 2 * max(input_weight * longest prompt, output_weight * tokens of the largest batch) + CREDIT.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ import msgspec
 INPUT_WEIGHT = 1.0
 OUTPUT_WEIGHT = 2.0
 """The paper's weights: a decoded token costs about twice a prefilled one."""
+CREDIT = 8192.0
+"""Weighted tokens over weight: some ten requests of a chat."""
 
 
 class _Tenant(msgspec.Struct):
     counter: float = 0.0
     weight: float = 1.0
     waiting: int = 0
+    mark: float = 0.0
+    """Where the others stood when it last returned from idle."""
 
 
 class ServiceCounters:
@@ -32,8 +37,9 @@ class ServiceCounters:
         self._tenants: dict[str, _Tenant] = {}
         self._waiting = LeastServed(self)
         self._rings: list[LeastServed] = [self._waiting]
-        self._last_counter = 0.0
-        """Of the tenant that was last to leave the queue."""
+        self._level = 0.0
+        """The most that the least served of the waiting tenants ever had; the last one to leave, where nobody waits. It
+        never falls: tenants that come back with credit do not pull down those that come after them."""
 
     def ring(self) -> LeastServed:
         """A new set of tenants in the order in which they are owed service."""
@@ -52,15 +58,21 @@ class ServiceCounters:
         counter = known.counter if known is not None else 0.0
         if known is not None and known.waiting:
             return counter
-        least = self._waiting.least()
-        return max(counter, self._last_counter if least is None else self.counter(least))
+        return max(counter, self._present_level() - CREDIT)
+
+    def is_owed(self, tenant: str, input_tokens: int, output_tokens: int) -> bool:
+        """Would the tenant, with one more request served, still be behind where the others stood when it came back?"""
+        known = self._tenants.get(tenant)
+        mark = known.mark if known is not None and known.waiting else self._present_level()
+        weight = known.weight if known is not None else 1.0
+        return self.level(tenant) + self.price(input_tokens, output_tokens) / weight <= mark
 
     def arrive(self, tenant: str, weight: float) -> None:
         """One more request of the tenant waits."""
         known = self._tenants.setdefault(tenant, _Tenant())
         known.weight = weight
         if not known.waiting:
-            known.counter = self.level(tenant)
+            known.counter, known.mark = self.level(tenant), self._present_level()
         known.waiting += 1
         self._waiting.add(tenant)
 
@@ -70,8 +82,15 @@ class ServiceCounters:
         assert known.waiting > 0, f"tenant {tenant} has no waiting request"
         known.waiting -= 1
         if known.waiting == 0:
-            self._last_counter = known.counter
+            if len(self._waiting) == 1:
+                self._level = max(self._level, known.counter)
             self._waiting.discard(tenant)
+
+    def _present_level(self) -> float:
+        least = self._waiting.least()
+        if least is not None:
+            self._level = max(self._level, self.counter(least))
+        return self._level
 
     def price(self, input_tokens: int, output_tokens: int) -> float:
         """Weighted tokens."""

@@ -376,7 +376,7 @@ class Pipeline:
             exchange = self._active[placement.ticket.request]
             if not exchange.timeline.dequeued_ns:
                 exchange.timeline.dequeued_ns = now_ns
-            exchange.signal(Placed(placement.worker, placement.cached_tokens))
+            exchange.signal(Placed(placement.worker, placement.cached_tokens, placement.priority))
 
     def _fail_unplaceable(self) -> None:
         """A worker left: requests that only it could have run need not wait for their deadline.
@@ -438,6 +438,7 @@ class Pipeline:
             sampling=call.sampling,
             model=exchange.model,
             traceparent=exchange.identity.traceparent,
+            priority=placed.priority,
             token_ids=exchange.token_ids,
         )
         timer = _Timeouts(exchange, self._clock, terms)

@@ -59,9 +59,9 @@ class Worker(msgspec.Struct, kw_only=True):
         """Prompt tokens of requests that it was given and whose first token has not come."""
         return self.forecast.unstarted_tokens
 
-    def may_start(self, band: int, tokens: int) -> bool:
-        """Do its answers keep their pace, so that a prompt may hold them up? The top band always may."""
-        if band == 0 or not self.pace.has_target:
+    def may_start(self, tokens: int) -> bool:
+        """Do its answers keep their pace, so that a prompt may hold them up?"""
+        if not self.pace.has_target:
             return True
         return self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
 
@@ -103,7 +103,7 @@ def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: in
     """
     best: tuple[bool, float, int] | None = None
     chosen: Route | None = None
-    for worker in _trusted([worker for worker in workers if not worker.is_leaving], now_ns):
+    for worker in workers:
         room, batch = worker.room(ledger), ledger.sequences_on(worker.name)
         slots = worker.model.max_sequences
         if room < ticket.sequences and (batch or not room):
@@ -119,7 +119,7 @@ def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: in
     return chosen
 
 
-def _trusted(workers: Sequence[Worker], now_ns: int) -> Sequence[Worker]:
+def trusted(workers: Sequence[Worker], now_ns: int) -> Sequence[Worker]:
     """Without those whose breaker is open, as far as there may be so many at once; never without the last one."""
     ejected = [worker for worker in workers if not worker.breaker.allows(now_ns)]
     if not ejected:

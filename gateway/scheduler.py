@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import heapq
+from collections.abc import Sequence
 
 import msgspec
 
@@ -24,6 +25,10 @@ from gateway.prefixes import PrefixIndex
 from gateway.router import Route, Worker
 from protos.core.contract import Load, ModelInfo
 
+KEPT_SHARE = 8
+"""One in so many of a worker's sequences is kept for urgent requests while there is company."""
+COMPANY_NS = 300_000_000_000
+"""So long after the last request of the top band, or of another tenant than the one before, more are expected."""
 TELLING_SHARE = 0.2
 """A smaller part of a prompt, found in a cache or not, is lost in its last block and in the chat template."""
 
@@ -33,6 +38,8 @@ class Placement(msgspec.Struct, frozen=True):
     worker: str
     cached_tokens: int = 0
     """Of the prompt, expected in the worker's prefix cache."""
+    priority: int = 0
+    """For the engine; 0 is urgent."""
 
 
 class Placements(msgspec.Struct):
@@ -101,6 +108,9 @@ class Scheduler:
         self._models: collections.Counter[str] = collections.Counter()
         """Workers that serve each model, without those that are to leave."""
         self._memories: dict[str, Memory] = {}
+        self._last_tenant: str | None = None
+        self._company_ns = -COMPANY_NS
+        """When somebody last came for whom others may have to make way."""
 
     # -- queue
 
@@ -120,7 +130,9 @@ class Scheduler:
         """When a new request would see its first token; None while there is nothing to tell it from."""
         history = self._history(model)
         queue = self._queues.get(model)
-        is_queued = bool(queue) or not self._is_open(model, band, input_tokens)
+        is_urgent = self._is_urgent(band, tenant, input_tokens)
+        is_next = is_urgent or not queue
+        is_queued = not is_next or not self._is_open(model, is_urgent, input_tokens, now_ns)
         if is_queued:
             work = queue.ahead(band, tenant) if queue is not None else Work()
             raw_ns = self._queued_ns(model, input_tokens, work, now_ns)
@@ -152,10 +164,13 @@ class Scheduler:
             history = self._forecasts[model] = QueueForecast()
         return history
 
-    def _is_open(self, model: str, band: int, tokens: int) -> bool:
-        """Would a request of the band be placed now if nobody waited?"""
+    def _is_open(self, model: str, is_urgent: bool, tokens: int, now_ns: int) -> bool:
+        """Would a request be placed now if nobody waited?"""
+        has_company = self._has_company(now_ns)
         return any(
-            model in worker.model.names and worker.room(self.ledger) > 0 and worker.may_start(band, tokens)
+            model in worker.model.names
+            and worker.room(self.ledger) > 0
+            and (is_urgent or self._may_take(worker, tokens, has_company))
             for worker in self._workers.values()
         )
 
@@ -185,6 +200,7 @@ class Scheduler:
         self._queued[ticket.request] = ticket
         self._queued_bytes += ticket.size_bytes
         self._band_requests[ticket.band] += 1
+        self._note_company(ticket)
         heapq.heappush(self._deadlines, (ticket.deadline_ns, ticket.request))
 
     def leave(self, request: int) -> bool:
@@ -221,6 +237,7 @@ class Scheduler:
     def place(self, now_ns: int) -> Placements:
         """Bind waiting requests to workers with room, in order; each placement holds a lease."""
         decided = Placements([], [])
+        has_company = self._has_company(now_ns)
         turns = collections.deque(model for model, queue in self._queues.items() if queue)
         while turns:
             model = turns.popleft()
@@ -229,12 +246,13 @@ class Scheduler:
             ticket = queue.head()
             if ticket is None:
                 continue
-            serving = (
+            is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
+            takers = (
                 worker
-                for worker in self._workers.values()
-                if model in worker.model.names and worker.may_start(ticket.band, ticket.input_tokens)
+                for worker in self._trusted(model, now_ns)
+                if is_urgent or self._may_take(worker, ticket.input_tokens, has_company)
             )
-            route = self.choose(serving, self.ledger, ticket, now_ns)
+            route = self.choose(takers, self.ledger, ticket, now_ns)
             if route is None:
                 continue
             turns.append(model)
@@ -244,9 +262,39 @@ class Scheduler:
                 decided.shed.append(ticket.request)
                 continue
             self._bind(ticket, route, now_ns)
-            decided.placed.append(Placement(ticket, route.worker.name, route.cached_tokens))
+            priority = ticket.band if has_company and not is_urgent else 0
+            decided.placed.append(Placement(ticket, route.worker.name, route.cached_tokens, priority))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
+
+    def _trusted(self, model: str, now_ns: int) -> Sequence[Worker]:
+        """Who serves the model; full workers are among them, so that nobody is sent to a broken one instead."""
+        serving = [w for w in self._workers.values() if model in w.model.names and not w.is_leaving]
+        return router.trusted(serving, now_ns)
+
+    def _note_company(self, ticket: Ticket) -> None:
+        if ticket.is_paid:
+            return  # a retry is nobody new
+        if ticket.band == 0 or self._last_tenant not in (None, ticket.tenant):
+            self._company_ns = ticket.arrived_ns
+        self._last_tenant = ticket.tenant
+
+    def _has_company(self, now_ns: int) -> bool:
+        """May requests come for which others have to make way? One tenant alone has its workers for itself."""
+        return now_ns - self._company_ns < COMPANY_NS
+
+    def _is_urgent(self, band: int, tenant: str, input_tokens: int, output_tokens: int = 0) -> bool:
+        """The top band is, and so is the next one where its tenant has had less than its share.
+
+        Urgent requests get the sequences that workers keep free, do not wait for the pace of the answers, and go first
+        in the engine.
+        """
+        return band == 0 or (band == 1 and self.counters.is_owed(tenant, input_tokens, output_tokens))
+
+    def _may_take(self, worker: Worker, tokens: int, has_company: bool) -> bool:
+        """May the worker get a request that is not urgent? Those that are keep room, and answers keep their pace."""
+        kept = worker.limit.value // KEPT_SHARE if has_company else 0
+        return worker.room(self.ledger) > kept and worker.may_start(tokens)
 
     def _is_too_late(self, ticket: Ticket, route: Route, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""

@@ -103,6 +103,7 @@ class WorkerSession:
         sampling: Sampling,
         model: str,
         traceparent: str,
+        priority: int = 0,
         token_ids: list[int] | None = None,
     ) -> int:
         slot = self._next_slot
@@ -119,6 +120,7 @@ class WorkerSession:
                 sampling=sampling,
                 model=model,
                 traceparent=traceparent,
+                priority=priority,
                 resumed_token_ids=tuple(token_ids or ()),
             )
         )

@@ -52,11 +52,13 @@ class Upstream(Protocol):
         sampling: Sampling,
         model: str,
         traceparent: str,
+        priority: int = 0,
         token_ids: list[int] | None = None,
     ) -> int:
         """Send a request; returns its slot, for `cancel`.
 
-        `token_ids` are the output tokens that it has from another worker; the new ones are appended. None keeps none.
+        `priority` is `Submit.priority`. `token_ids` are the output tokens that it has from another worker; the new ones
+        are appended. None keeps none.
         """
 
     def cancel(self, slot: int) -> None:

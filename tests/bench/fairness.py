@@ -109,6 +109,7 @@ def run(arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None
         max_sequences=slots,
         max_batch_tokens=model.max_batch_tokens,
         token_target_ns=slo.tpot_ns,
+        yielding_tokens=model.yielding_tokens,
     )
     spread = Spread(gateway)
     gateway.after_event = spread.check

@@ -106,8 +106,8 @@ def text_of(blocks: Iterable[int], tokens: int) -> bytes:
 def least_loaded(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: int) -> Route | None:
     """The worker with the smallest share of its slots in use."""
     free = [(worker.room(ledger) / worker.model.max_sequences, worker) for worker in workers]
-    share, worker = max(free, key=lambda item: item[0])
-    return Route(worker, 0.0, 0) if share > 0 else None
+    share, worker = max(free, key=lambda item: item[0], default=(0.0, None))
+    return Route(worker, 0.0, 0) if worker is not None and share > 0 else None
 
 
 POLICIES: dict[str, router.Choose] = {"least-loaded": least_loaded, "tidegate": router.choose}

@@ -1,6 +1,6 @@
 """Bands, aging and deadlines within one queue."""
 
-from gateway.fairness import ServiceCounters
+from gateway.fairness import CREDIT, ServiceCounters
 from gateway.order import AGE_NS, FairQueue, Ticket
 
 
@@ -72,6 +72,43 @@ def test_what_is_given_back_counts_at_once() -> None:
     assert queue.head() == ticket(2, tenant="b")
     counters.charge("a", output_tokens=-90)
     assert queue.head() == ticket(1, tenant="a")
+
+
+def returned(counters: ServiceCounters, *, ahead: int) -> None:
+    """The tenant "busy" waits and has had so many tokens; "quiet" comes back."""
+    counters.arrive("busy", 1.0)
+    counters.charge("busy", input_tokens=ahead)
+    counters.arrive("quiet", 1.0)
+
+
+def test_a_tenant_that_comes_back_is_owed_what_it_let_pass_up_to_a_few_requests() -> None:
+    counters = ServiceCounters()
+    returned(counters, ahead=100 * int(CREDIT))
+    assert counters.counter("quiet") == counters.counter("busy") - CREDIT
+    counters.charge("quiet", input_tokens=int(CREDIT) - 100)
+    assert counters.is_owed("quiet", 100, 0)
+    assert not counters.is_owed("quiet", 101, 0)
+
+
+def test_a_tenant_that_let_little_pass_is_owed_little() -> None:
+    counters = ServiceCounters()
+    returned(counters, ahead=300)
+    assert counters.is_owed("quiet", 300, 0)
+    assert not counters.is_owed("quiet", 301, 0)
+
+
+def test_a_backlogged_tenant_is_owed_nothing() -> None:
+    counters = ServiceCounters()
+    returned(counters, ahead=300)
+    assert not counters.is_owed("busy", 1, 0)
+
+
+def test_those_that_come_back_together_are_owed_alike() -> None:
+    counters = ServiceCounters()
+    returned(counters, ahead=100 * int(CREDIT))
+    counters.arrive("other", 1.0)
+    assert counters.counter("other") == counters.counter("quiet")
+    assert counters.is_owed("other", int(CREDIT), 0)
 
 
 def test_depths_name_band_tenant_count_and_oldest() -> None:

@@ -7,11 +7,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from gateway.breaker import Verdict
 from gateway.ledger import Lease, Ledger
 from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
 from gateway.router import Worker, choose
-from gateway.scheduler import Placements, Scheduler
+from gateway.scheduler import COMPANY_NS, Placements, Scheduler
 from protos.core.contract import Load
 from tests.gateway.fakes import model_info
 
@@ -188,6 +189,49 @@ def test_draining_worker_gets_no_more() -> None:
     scheduler = scheduler_with("w")
     scheduler.worker_reported("w", Load(), True)
     scheduler.enqueue(ticket(1))
+    assert placed(scheduler.place(0)) == []
+
+
+def test_a_share_of_the_sequences_is_kept_for_urgent_requests_while_there_is_company() -> None:
+    scheduler = scheduler_with("w", slots=16)
+    for number in range(20):
+        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=5_000))
+    scheduler.enqueue(ticket(20, tenant="loud", band=0))
+    assert placed(scheduler.place(0)) == [20, *range(13)], "two of sixteen stay free"
+    scheduler.enqueue(ticket(21, tenant="quiet"))
+    scheduler.enqueue(ticket(22, tenant="loud", band=0))
+    assert placed(scheduler.place(0)) == [22, 21], "for the top band, and for a tenant that had less than its share"
+    assert placed(scheduler.place(COMPANY_NS)) == []
+    for number in (20, 0):
+        scheduler.release(number)
+    assert placed(scheduler.place(COMPANY_NS)) == [13, 14], "nobody came for long: nothing is kept"
+
+
+def test_one_tenant_alone_has_all_sequences_and_its_requests_do_not_yield() -> None:
+    scheduler = scheduler_with("w", slots=16)
+    for number in range(20):
+        scheduler.enqueue(ticket(number, band=1 + number % 2))
+    decided = scheduler.place(0)
+    assert len(decided.placed) == 16
+    assert {placement.priority for placement in decided.placed} == {0}
+
+
+def test_with_company_what_is_not_urgent_yields_in_the_engine() -> None:
+    scheduler = scheduler_with("w", slots=16)
+    facts = {"top": ("a", 0), "loud": ("a", 1), "batch": ("a", 2)}
+    for number, (tenant, band) in enumerate(facts.values()):
+        scheduler.enqueue(ticket(number, tenant=tenant, band=band))
+    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 1, 2]
+
+
+def test_full_workers_do_not_send_anybody_to_a_broken_one() -> None:
+    scheduler = scheduler_with("v", "w", slots=1)
+    scheduler.enqueue(ticket(1))
+    (first,) = scheduler.place(0).placed
+    broken = "w" if first.worker == "v" else "v"
+    for _ in range(20):
+        scheduler.attempt_ended(broken, Verdict.FAILURE, 0)
+    scheduler.enqueue(ticket(2))
     assert placed(scheduler.place(0)) == []
 
 

@@ -20,7 +20,7 @@ from gateway.forecast import Forecast
 from gateway.lengths import OutputLengths
 from gateway.order import Ticket
 from gateway.prefixes import cut
-from gateway.scheduler import Scheduler
+from gateway.scheduler import Placement, Scheduler
 from protos.core.contract import Load, ModelInfo
 from tests.gateway.fakes import model_info
 
@@ -87,6 +87,7 @@ class Gateway:
         wire_ns: int = 500_000,
         token_target_ns: int | None = None,
         jitter: Callable[[], float] = lambda: 1.0,
+        yielding_tokens: int = 0,
     ) -> None:
         """`jitter` is by how much the next step takes longer than the parameters say."""
         self.scheduler = Scheduler(token_target_ns)
@@ -109,7 +110,7 @@ class Gateway:
         self._sequences: dict[int, Sequence[int]] = {}
         for number in range(workers):
             name = f"w{number}"
-            self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens))
+            self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens, yielding_tokens))
             self.scheduler.worker_joined(name, _model(parameters, max_sequences, max_batch_tokens))
 
     @property
@@ -182,14 +183,16 @@ class Gateway:
             self.served[placement.ticket.tenant] += int(INPUT_WEIGHT * placement.ticket.input_tokens)
             self.results[number].worker = placement.worker
             self.results[number].expected_cached_tokens = placement.cached_tokens
-            self._at(self.now_ns + self._wire_ns, lambda n=number, w=placement.worker: self._submit(n, w))
+            self._at(self.now_ns + self._wire_ns, lambda n=number, p=placement: self._submit(n, p))
 
-    def _submit(self, number: int, worker: str) -> None:
+    def _submit(self, number: int, placement: Placement) -> None:
+        worker = placement.worker
         arrival = self.results[number].arrival
         self._engines[worker].submit(
             number,
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=arrival.output_tokens,
+            priority=placement.priority,
             block_hashes=arrival.blocks,
             now_ns=self.now_ns,
         )

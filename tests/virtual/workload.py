@@ -11,6 +11,7 @@ import msgspec
 from engine import profile
 from engine.settings import EngineSettings
 from engine.sim.parameters import SimParameters
+from engine.yielding import limit_of
 from replay.synth import SynthSettings, synthesize
 from replay.workload import SyntheticBody
 from tests.virtual.harness import SECOND_NS, Arrival, Result
@@ -27,6 +28,7 @@ class Engine(msgspec.Struct, frozen=True):
     parameters: SimParameters
     max_sequences: int
     max_batch_tokens: int
+    yielding_tokens: int
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -43,7 +45,9 @@ def engine(name: str = "qwen3-14b-a100") -> Engine:
     settings = msgspec.convert(table, EngineSettings)
     assert settings.max_num_seqs is not None
     assert settings.max_num_batched_tokens is not None
-    return Engine(settings.sim, settings.max_num_seqs, settings.max_num_batched_tokens)
+    batch_tokens = settings.max_num_batched_tokens
+    yielding_tokens = limit_of(settings.yielding_tokens, batch_tokens)
+    return Engine(settings.sim, settings.max_num_seqs, batch_tokens, yielding_tokens)
 
 
 def poisson(
