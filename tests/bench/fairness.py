@@ -3,7 +3,13 @@
 Service is what a tenant was really given: prompt tokens when they are placed, twice its output tokens as they are made.
 While two tenants both have requests waiting, the service of one may not move away from the other's by more than the
 bound of the Virtual Token Counter (Sheng et al., OSDI 2024, theorem 4.4): 2 * max(input weight * longest prompt, output
-weight * output tokens of a full batch). It is checked for each pair, at every event.
+weight * output tokens of a full batch). It is checked for each pair, at every event, on an engine of few sequences:
+there the bound is tight.
+
+What quiet tenants notice of an aggressive one is measured on the engine as its profile is, which the trace, at SPEED
+times its speed, fills to about 60%, and to 170% with the aggressive tenant. Nothing can be better there than to be in
+the very next step: "in the top band" is the same tenant with all its requests there. A tenant of short prompts alone
+has steps to itself that a full engine does not make.
 
     python -m tests.bench.fairness [--trace arena_tenants.csv]
 
@@ -13,11 +19,14 @@ The trace has the columns arrival_s, tenant, prompt_tokens and output_tokens.
 from __future__ import annotations
 
 import argparse
+import collections
 import csv
 import random
 import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+import msgspec
 
 from gateway.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT
 from tests.bench import report
@@ -26,8 +35,13 @@ from tests.virtual.workload import Slo, engine, poisson
 
 SLOTS = 32
 SPEED = 4.0
-"""The trace is replayed faster, so that this engine is overloaded and tenants compete."""
+"""The trace is replayed faster than it was recorded, so that tenants compete."""
 AGGRESSION = 10
+DRAWS = 3
+"""How often the aggressive tenant's arrivals are drawn, and those of the bands: one draw says little of a p95."""
+QUIET_REQUESTS = 10
+"""A tenant with fewer has no p95."""
+QUIET_TENANTS = 8
 QUIET_CEILING = 1.3
 CRITICAL_CEILING = 1.1
 
@@ -101,7 +115,10 @@ def multiply(arrivals: Sequence[Arrival], tenant: str, factor: int, seed: int = 
     return sorted([*arrivals, *copies], key=lambda arrival: arrival.at_ns)
 
 
-def run(arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None = None) -> tuple[list[Result], Spread]:
+def run(
+    arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None = None, *, is_watched: bool = False
+) -> tuple[list[Result], Spread]:
+    """`is_watched`: look at the service of all tenants after each event."""
     model = engine()
     gateway = Gateway(
         model.parameters,
@@ -112,7 +129,8 @@ def run(arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None
         yielding_tokens=model.yielding_tokens,
     )
     spread = Spread(gateway)
-    gateway.after_event = spread.check
+    if is_watched:
+        gateway.after_event = spread.check
     return gateway.run(arrivals, None if until_s is None else int(until_s * SECOND_NS)), spread
 
 
@@ -133,46 +151,76 @@ def main() -> int:
         sys.exit(f"bench: no file {arguments.trace}")
     else:
         trace = read_trace(arguments.trace, SPEED)
-    show_tenants(trace)
+    show_bound(trace)
+    show_quiet(trace)
     show_bands()
     return 0
 
 
-def show_tenants(trace: Sequence[Arrival]) -> None:
-    counts: dict[str, int] = {}
-    for arrival in trace:
-        counts[arrival.tenant] = counts.get(arrival.tenant, 0) + 1
+def show_bound(trace: Sequence[Arrival]) -> None:
+    counts = _counts(trace)
     loudest = max(counts, key=lambda tenant: counts[tenant])
-    quiet = sorted((tenant for tenant in counts if counts[tenant] >= 10), key=lambda tenant: counts[tenant])[0]
     for name, arrivals in (
         (f"{len(counts)} tenants", trace),
-        (f"{loudest} at 10x", multiply(trace, loudest, AGGRESSION)),
+        (f"{loudest} at {AGGRESSION}x", multiply(trace, loudest, AGGRESSION)),
     ):
-        _, spread = run(arrivals, SLOTS, Slo())
+        _, spread = run(arrivals, SLOTS, Slo(), is_watched=True)
         limit = bound(arrivals, SLOTS)
         what = f"{name}: widest move of service between two that wait, over the bound of {limit:,.0f}"
         report.print_verdict(f"{what} ({spread.contested:,} events)", spread.widest / limit, 1.0, at_most=True)
-    mine = [arrival for arrival in trace if arrival.tenant == quiet]
-    alone, _ = run(mine, SLOTS, Slo())
-    crowded, _ = run(multiply(trace, loudest, AGGRESSION), SLOTS, Slo())
-    ratio = p95_s(crowded, quiet) / p95_s(alone, quiet)
-    what = f"{quiet} ({len(mine)} requests) beside {loudest} at 10x: p95 TTFT over what it has alone"
-    report.print_verdict(f"{what}, {p95_s(alone, quiet) * 1e3:.0f} ms", ratio, QUIET_CEILING, at_most=True)
+
+
+def show_quiet(trace: Sequence[Arrival]) -> None:
+    """The quietest tenant beside the loudest one that sends many times as much, and those that are next to it."""
+    counts = _counts(trace)
+    by_requests = sorted((tenant for tenant in counts if counts[tenant] >= QUIET_REQUESTS), key=lambda one: counts[one])
+    quiet, loudest = by_requests[:QUIET_TENANTS], by_requests[-1]
+    slots = engine().max_sequences
+    crowds = [multiply(trace, loudest, AGGRESSION, seed) for seed in range(1, DRAWS + 1)]
+    crowded = [result for crowd in crowds for result in run(crowd, slots, Slo())[0]]
+    for tenant in quiet:
+        alone, _ = run([arrival for arrival in trace if arrival.tenant == tenant], slots, Slo())
+        on_top, _ = run([_on_top(arrival, tenant) for arrival in crowds[0]], slots, Slo())
+        own_s = p95_s(alone, tenant)
+        what = (
+            f"{tenant} ({counts[tenant]} requests) beside {loudest} at {AGGRESSION}x, {slots} sequences: p95 TTFT over "
+            f"what it has alone, {own_s * 1e3:.0f} ms (in the top band {p95_s(on_top, tenant) / own_s:.2f})"
+        )
+        ratio = p95_s(crowded, tenant) / own_s
+        if tenant == quiet[0]:
+            report.print_verdict(what, ratio, QUIET_CEILING, at_most=True)
+        else:
+            report.console.print(f"{what}: {ratio:.2f}")
+
+
+def _counts(trace: Iterable[Arrival]) -> collections.Counter[str]:
+    return collections.Counter(arrival.tenant for arrival in trace)
+
+
+def _on_top(arrival: Arrival, tenant: str) -> Arrival:
+    return msgspec.structs.replace(arrival, band=0) if arrival.tenant == tenant else arrival
+
+
+def beside_batch(seconds: float, draw: int) -> tuple[list[Result], list[Result]]:
+    """Critical requests, one in two seconds: alone, and beside a batch of twice what the engine can carry."""
+    slots = engine().max_sequences
+    critical = [_in_band(arrival, "critical", 0) for arrival in poisson(0.5, seconds, seed=2 * draw)]
+    batch = [_in_band(arrival, "batch", 2) for arrival in poisson(9.0, seconds, seed=2 * draw + 1)]
+    both = sorted([*critical, *batch], key=lambda arrival: arrival.at_ns)
+    return run(critical, slots, Slo())[0], run(both, slots, Slo(), until_s=seconds)[0]
 
 
 def show_bands(seconds: float = 600.0) -> None:
-    """Critical requests, one in two seconds, beside a batch of twice what the engine can carry."""
-    model = engine()
-    critical = [_in_band(arrival, "critical", 0) for arrival in poisson(0.5, seconds, seed=2)]
-    batch = [_in_band(arrival, "batch", 2) for arrival in poisson(9.0, seconds, seed=3)]
-    both = sorted([*critical, *batch], key=lambda arrival: arrival.at_ns)
-    alone, _ = run(critical, model.max_sequences, Slo())
-    crowded, _ = run(both, model.max_sequences, Slo(), until_s=seconds)
+    alone: list[Result] = []
+    crowded: list[Result] = []
+    for draw in range(1, DRAWS + 1):
+        for results, more in zip((alone, crowded), beside_batch(seconds, draw), strict=True):
+            results += more
+    own_s = p95_s(alone, "critical")
+    what = f"critical p95 TTFT beside a batch that saturates the engine, over what it has alone, {own_s * 1e3:.0f} ms"
+    report.print_verdict(what, p95_s(crowded, "critical") / own_s, CRITICAL_CEILING, at_most=True)
     done = sum(result.finished_ns > 0 for result in crowded if result.arrival.band == 2)
-    ratio = p95_s(crowded, "critical") / p95_s(alone, "critical")
-    what = f"critical p95 TTFT over what it has alone, {p95_s(alone, 'critical') * 1e3:.0f} ms"
-    report.print_verdict(what, ratio, CRITICAL_CEILING, at_most=True)
-    report.console.print(f"batch beside it: {done / seconds:.2f} requests/s finished")
+    report.console.print(f"batch beside it: {done / seconds / DRAWS:.2f} requests/s finished")
 
 
 def _in_band(arrival: Arrival, tenant: str, band: int) -> Arrival:

@@ -22,5 +22,5 @@ def test_others_go_on_where_an_urgent_prompt_did_not() -> None:
 
 
 def test_without_a_setting_it_is_a_share_of_the_step_and_0_is_off() -> None:
-    assert [limit_of(setting, 8192) for setting in (None, 100, 0)] == [512, 100, 0]
+    assert [limit_of(setting, 8192) for setting in (None, 100, 0)] == [256, 100, 0]
     assert not Yielding(8192, 0).is_on

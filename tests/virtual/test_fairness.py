@@ -82,7 +82,7 @@ def test_counters_of_backlogged_tenants_stay_within_the_vtc_bound_at_every_insta
 def test_service_of_waiting_tenants_stays_within_the_bound_beside_an_aggressive_one() -> None:
     trace = fairness.made_up_trace(seconds=15)
     crowd = fairness.multiply(trace, "tenant-00", fairness.AGGRESSION)
-    _, spread = fairness.run(crowd, SLOTS, Slo(), until_s=30)
+    _, spread = fairness.run(crowd, SLOTS, Slo(), until_s=30, is_watched=True)
     assert spread.contested > 500, "the load must make tenants compete"
     assert 0 < spread.widest <= fairness.bound(crowd, SLOTS)
 
@@ -123,6 +123,27 @@ def test_critical_requests_pass_a_saturating_batch_that_still_progresses() -> No
     waits = [r.dispatched_ns - r.arrival.at_ns for r in results if r.arrival.tenant == "c" and r.dispatched_ns]
     assert percentile(waits, 0.95) < 1 * SECOND_NS
     assert sum(r.finished_ns > 0 for r in results if r.arrival.tenant == "b") > 50
+
+
+def test_critical_first_tokens_come_nearly_as_if_nothing_else_ran() -> None:
+    alone, crowded = fairness.beside_batch(120, draw=1)
+    assert sum(result.finished_ns > 0 for result in crowded if result.arrival.band == 2) > 200, "batch progresses"
+    assert fairness.p95_s(crowded, "critical") < fairness.p95_s(alone, "critical") + 0.09, "a step of an engine at work"
+
+
+def test_a_quiet_tenant_has_sequences_and_short_steps_though_an_aggressive_one_has_filled_the_engine() -> None:
+    quiet = [
+        Arrival(at_ns=second * SECOND_NS, prompt_tokens=800, output_tokens=100, tenant="quiet")
+        for second in range(20, 60, 2)
+    ]
+    loud = arrivals("loud", 40, 60, seed=1)
+    alone, _ = fairness.run(quiet, 256, Slo())
+    crowded, _ = fairness.run(sorted([*quiet, *loud], key=lambda arrival: arrival.at_ns), 256, Slo(), until_s=70)
+    mine = [result for result in crowded if result.arrival.tenant == "quiet"]
+    assert all(result.dispatched_ns == result.arrival.at_ns for result in mine), "nobody is waited for"
+    full = sum(result.dispatched_ns > result.arrival.at_ns for result in crowded if result.arrival.tenant == "loud")
+    assert full > 500, "the aggressive one waits"
+    assert fairness.p95_s(crowded, "quiet") < fairness.p95_s(alone, "quiet") + 0.2
 
 
 def _as(arrival: Arrival, tenant: str) -> Arrival:
