@@ -37,9 +37,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_num_seqs: int | None = None
     max_num_batched_tokens: int | None = None
     yielding_tokens: NotNegative | None = None
-    """Prompt tokens that one step computes of requests that are not urgent, so that urgent ones can start soon; a
-    32nd of `max_num_batched_tokens` without it, 0 for no limit. Where one tenant has the gateway for itself and
-    does not use the top band, nobody yields."""
+    """Prompt tokens that one step computes of requests of the bands below the second, so that those of the first two
+    can start soon; a 32nd of `max_num_batched_tokens` without it, 0 for no limit. Requests of one band do not yield."""
 
     dtype: str = "auto"
     """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""

@@ -28,7 +28,10 @@ from protos.core.contract import Load, ModelInfo
 KEPT_SHARE = 8
 """One in so many of a worker's sequences is kept for urgent requests while there is company."""
 COMPANY_NS = 300_000_000_000
-"""So long after the last request of the top band, or of another tenant than the one before, more are expected."""
+"""So long after somebody came for whom others have to make way, more are expected."""
+YIELDING_SHARE = 8
+"""A worker gets a prompt that yields while those that it has left to compute are less than so much of a step: a few of
+the steps in which it computes a part of them. Its own queue stays short."""
 TELLING_SHARE = 0.2
 """A smaller part of a prompt, found in a cache or not, is lost in its last block and in the chat template."""
 
@@ -110,7 +113,9 @@ class Scheduler:
         self._memories: dict[str, Memory] = {}
         self._last_tenant: str | None = None
         self._company_ns = -COMPANY_NS
-        """When somebody last came for whom others may have to make way."""
+        """When a request of the top band last came, or of another tenant than the one before."""
+        self._upper_ns = -COMPANY_NS
+        """When a request of the first two bands last came: prompts of the lower ones yield to them."""
 
     # -- queue
 
@@ -132,7 +137,7 @@ class Scheduler:
         queue = self._queues.get(model)
         is_urgent = self._is_urgent(band, tenant, input_tokens)
         is_next = is_urgent or not queue
-        is_queued = not is_next or not self._is_open(model, is_urgent, input_tokens, now_ns)
+        is_queued = not is_next or not self._is_open(model, band, is_urgent, input_tokens, now_ns)
         if is_queued:
             work = queue.ahead(band, tenant) if queue is not None else Work()
             raw_ns = self._queued_ns(model, input_tokens, work, now_ns)
@@ -164,13 +169,13 @@ class Scheduler:
             history = self._forecasts[model] = QueueForecast()
         return history
 
-    def _is_open(self, model: str, is_urgent: bool, tokens: int, now_ns: int) -> bool:
+    def _is_open(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> bool:
         """Would a request be placed now if nobody waited?"""
-        has_company = self._has_company(now_ns)
+        has_company, is_yielding = self._has_company(now_ns), self._is_yielding(band, now_ns)
         return any(
             model in worker.model.names
             and worker.room(self.ledger) > 0
-            and (is_urgent or self._may_take(worker, tokens, has_company))
+            and (is_urgent or self._may_take(worker, tokens, has_company, is_yielding))
             for worker in self._workers.values()
         )
 
@@ -247,10 +252,11 @@ class Scheduler:
             if ticket is None:
                 continue
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
+            is_yielding = self._is_yielding(ticket.band, now_ns)
             takers = (
                 worker
                 for worker in self._trusted(model, now_ns)
-                if is_urgent or self._may_take(worker, ticket.input_tokens, has_company)
+                if is_urgent or self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
             )
             route = self.choose(takers, self.ledger, ticket, now_ns)
             if route is None:
@@ -262,7 +268,7 @@ class Scheduler:
                 decided.shed.append(ticket.request)
                 continue
             self._bind(ticket, route, now_ns)
-            priority = ticket.band if has_company and not is_urgent else 0
+            priority = ticket.band if is_yielding else 0
             decided.placed.append(Placement(ticket, route.worker.name, route.cached_tokens, priority))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
@@ -277,6 +283,8 @@ class Scheduler:
             return  # a retry is nobody new
         if ticket.band == 0 or self._last_tenant not in (None, ticket.tenant):
             self._company_ns = ticket.arrived_ns
+        if ticket.band <= 1:
+            self._upper_ns = ticket.arrived_ns
         self._last_tenant = ticket.tenant
 
     def _has_company(self, now_ns: int) -> bool:
@@ -291,8 +299,14 @@ class Scheduler:
         """
         return band == 0 or (band == 1 and self.counters.is_owed(tenant, input_tokens, output_tokens))
 
-    def _may_take(self, worker: Worker, tokens: int, has_company: bool) -> bool:
+    def _is_yielding(self, band: int, now_ns: int) -> bool:
+        """Are prompts of the band to make way in the engine? Among themselves those of the lower bands do not."""
+        return band > 1 and now_ns - self._upper_ns < COMPANY_NS
+
+    def _may_take(self, worker: Worker, tokens: int, has_company: bool, is_yielding: bool) -> bool:
         """May the worker get a request that is not urgent? Those that are keep room, and answers keep their pace."""
+        if is_yielding and worker.unstarted_tokens * YIELDING_SHARE > worker.model.max_batch_tokens:
+            return False
         kept = worker.limit.value // KEPT_SHARE if has_company else 0
         return worker.room(self.ledger) > kept and worker.may_start(tokens)
 

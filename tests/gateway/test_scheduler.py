@@ -210,18 +210,30 @@ def test_a_share_of_the_sequences_is_kept_for_urgent_requests_while_there_is_com
 def test_one_tenant_alone_has_all_sequences_and_its_requests_do_not_yield() -> None:
     scheduler = scheduler_with("w", slots=16)
     for number in range(20):
-        scheduler.enqueue(ticket(number, band=1 + number % 2))
+        scheduler.enqueue(ticket(number, band=2))
     decided = scheduler.place(0)
     assert len(decided.placed) == 16
     assert {placement.priority for placement in decided.placed} == {0}
 
 
-def test_with_company_what_is_not_urgent_yields_in_the_engine() -> None:
-    scheduler = scheduler_with("w", slots=16)
-    facts = {"top": ("a", 0), "loud": ("a", 1), "batch": ("a", 2)}
-    for number, (tenant, band) in enumerate(facts.values()):
-        scheduler.enqueue(ticket(number, tenant=tenant, band=band))
-    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 1, 2]
+def test_lower_bands_yield_in_the_engine_to_the_first_two() -> None:
+    scheduler = scheduler_with("w", slots=32)
+    for band in range(4):
+        scheduler.enqueue(ticket(band, band=band))
+    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 0, 2, 3]
+    scheduler.enqueue(ticket(4, band=2))
+    assert [placement.priority for placement in scheduler.place(COMPANY_NS).placed] == [0], "to nobody, later"
+
+
+def test_prompts_that_yield_wait_in_the_gateway_and_not_in_the_engine() -> None:
+    scheduler = scheduler_with("w", slots=32)
+    scheduler.enqueue(ticket(0))
+    for number in range(1, 9):
+        scheduler.enqueue(ticket(number, band=2, input_tokens=200))
+    scheduler.enqueue(ticket(9, band=1, input_tokens=200))
+    assert placed(scheduler.place(0)) == [0, 9, 1], "a worker of 2048 tokens a step has 400 to compute"
+    scheduler.started(9, 1)
+    assert placed(scheduler.place(1)) == [2]
 
 
 def test_full_workers_do_not_send_anybody_to_a_broken_one() -> None:
