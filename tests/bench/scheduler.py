@@ -63,7 +63,8 @@ def request_us(requests: int = 20_000) -> float:
     """Microseconds of scheduler work per request: forecast, enqueue, place, first token and release, while CONCURRENT
     run; steps of the engine, which are shared by all that run, are left out."""
     scheduler = Scheduler()
-    worker = model_info(names=(MODEL,), max_sequences=CONCURRENT, max_batch_tokens=8_192, kv_blocks=65_536)
+    # More than run at once: some sequences are kept for urgent requests.
+    worker = model_info(names=(MODEL,), max_sequences=2 * CONCURRENT, max_batch_tokens=8_192, kv_blocks=65_536)
     scheduler.worker_joined("w", worker)
     for number in range(CONCURRENT):
         _begin(scheduler, number)
