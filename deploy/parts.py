@@ -17,7 +17,7 @@ def make_parts(commands: list[Command], settings: UpSettings) -> list[Part]:
 
 
 def _part(command: Command, log_dir: Path, ready_url: str) -> Part:
-    child = Process(list(command.arguments), log_dir / f"{command.name}.log")
+    child = Process(list(command.arguments), log_dir / f"{command.name}.log", command.niceness)
     if command.name == "gateway":
         return Part(command.name, command.address, child, lambda: fetch(ready_url) is not None)
     return Part(command.name, command.address, child, WorkerProbe(command.address))

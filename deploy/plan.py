@@ -13,6 +13,10 @@ from protos.core.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
 TIDEGATE = (sys.executable, "-m", "deploy")
+WORKER_NICENESS = 10
+"""An engine on the CPU takes all of it, in threads that compute for long. The gateway takes a few hundredths, and is to
+have them at once: with vLLM on two cores at twice what it can carry it waits 60 us for its turn instead of 280, and its
+refusals' p99 is 5 ms instead of 116. The engine is as fast: 358 tokens/s, and 351 without."""
 
 
 class Command(msgspec.Struct, frozen=True):
@@ -22,6 +26,7 @@ class Command(msgspec.Struct, frozen=True):
     host: str
     port: int
     arguments: tuple[str, ...]
+    niceness: int = 0
 
     @property
     def address(self) -> str:
@@ -56,7 +61,7 @@ def _worker(settings: UpSettings, backend: str, number: int, config: Path | None
     flags = ["--backend", backend, "--name", name, "--host", LOOPBACK, "--port", str(port)]
     flags += ["--model", settings.model] if settings.model else []
     flags += ["--profile", settings.profile] if settings.profile else []
-    return Command(name, LOOPBACK, port, (*TIDEGATE, "engine", *flags, *_config(config)))
+    return Command(name, LOOPBACK, port, (*TIDEGATE, "engine", *flags, *_config(config)), WORKER_NICENESS)
 
 
 def _gateway(settings: UpSettings, workers: list[Command], config: Path | None) -> Command:

@@ -7,14 +7,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 
 class Process:
     """Starts one command any number of times. The log is appended to; `tail` shows only the current run."""
 
-    def __init__(self, command: list[str], log_path: Path) -> None:
-        self.command, self.log_path = command, log_path
+    def __init__(self, command: list[str], log_path: Path, niceness: int = 0) -> None:
+        self.command, self.log_path, self.niceness = command, log_path, niceness
         self._popen: subprocess.Popen[bytes] | None = None
         self._log_start = 0
 
@@ -30,7 +31,7 @@ class Process:
             self._log_start = log.tell()
             # A session of its own: Ctrl-C in the terminal reaches only us, so that parts stop in order.
             self._popen = subprocess.Popen(
-                [sys.executable, "-m", "deploy.leash", str(os.getpid()), *self.command],
+                leashed(self.command, self.niceness),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -69,6 +70,11 @@ class Process:
                 os.killpg(self._popen.pid, number)
             except ProcessLookupError:
                 pass
+
+
+def leashed(command: Sequence[str], niceness: int = 0) -> list[str]:
+    """The command as a child of this process that does not outlive it. Start it in a session of its own."""
+    return [sys.executable, "-m", "deploy.leash", str(os.getpid()), str(niceness), *command]
 
 
 def describe_exit(code: int) -> str:

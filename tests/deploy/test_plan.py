@@ -27,6 +27,11 @@ def test_every_part_reads_the_same_settings_file() -> None:
         assert flag(part.arguments, "--config") == ["tide.toml"]
 
 
+def test_workers_leave_the_processor_to_the_gateway() -> None:
+    gateway, *workers = plan(UpSettings(workers=2), "sim", None)
+    assert all(worker.niceness > gateway.niceness == 0 for worker in workers)
+
+
 def test_capture_and_traces_are_the_gateways() -> None:
     gateway, worker = plan(UpSettings(capture_level="full", otlp_endpoint="http://127.0.0.1:4317"), "sim", None)
     assert flag(gateway.arguments, "--capture-level") == ["full"]

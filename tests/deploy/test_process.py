@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import subprocess
 import sys
 import time
@@ -18,6 +20,11 @@ SLEEPER = "import time; time.sleep(60)"
 
 def python(code: str) -> list[str]:
     return [sys.executable, "-c", code]
+
+
+def _has_autogroups() -> bool:
+    switch = Path("/proc/sys/kernel/sched_autogroup_enabled")
+    return switch.exists() and switch.read_text().strip() == "1"
 
 
 def wait_until(condition: Callable[[], bool]) -> None:
@@ -86,6 +93,23 @@ def test_child_is_told_when_its_parent_is_killed(tmp_path: Path) -> None:
         wait_until(lambda: "deploy.leash" not in child.cmdline())
         parent.kill()
     wait_until(lambda: not child.is_running() or child.status() == psutil.STATUS_ZOMBIE)
+
+
+def test_niceness_holds_for_what_the_command_starts(tmp_path: Path) -> None:
+    assert _told_by_grandchild("os.nice(0)", tmp_path) == str(os.nice(0) + 7)
+
+
+@pytest.mark.skipif(not _has_autogroups(), reason="nice values count among all processes here")
+def test_niceness_holds_against_other_sessions(tmp_path: Path) -> None:
+    assert _told_by_grandchild("open('/proc/self/autogroup').read().split()[-1]", tmp_path) == "7"
+
+
+def _told_by_grandchild(expression: str, folder: Path) -> str:
+    shown = shlex.join(python(f"import os; print({expression}, flush=True)"))
+    process = Process(python(f"import os; os.system({shown!r})"), folder / "part.log", niceness=7)
+    process.start()
+    wait_until(lambda: process.exit_code() == 0)
+    return process.tail(1)[0]
 
 
 @pytest.mark.parametrize(("code", "text"), [(0, "exit 0"), (2, "exit 2"), (-9, "killed by SIGKILL")])
