@@ -98,7 +98,7 @@ class VllmServer:
 
     name = "vllm serve"
 
-    def __init__(self, folder: Path, model_path: str, cores: Sequence[int]) -> None:
+    def __init__(self, folder: Path, model_path: str, cores: Sequence[int], *, is_first: bool = True) -> None:
         self.port = free_port()
         command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", model_path]
         command += ["--served-model-name", MODEL, "--host", "127.0.0.1", "--port", str(self.port)]
@@ -107,7 +107,8 @@ class VllmServer:
         command += ["--dtype", DTYPE, "--enforce-eager"]
         # Left to itself, vLLM keeps a core free for its server, and two engines would bind to the same other one.
         environment = {"VLLM_CPU_KVCACHE_SPACE": str(KV_CACHE_GIB), "VLLM_CPU_OMP_THREADS_BIND": _list(cores)}
-        self.process = Process(self.name, command, cores=cores, log=folder / "vllm.log", env=environment)
+        log = folder / "vllm.log"
+        self.process = Process(self.name, command, cores=cores, log=log, env=environment, is_first=is_first)
 
     def wait(self) -> None:
         self.process.wait_until(lambda: answers(f"http://127.0.0.1:{self.port}/health"), timeout_s=START_S)

@@ -1,7 +1,8 @@
 """The overload sweep for real: vLLM on this machine, through the gateway over HTTP and straight to its own server.
 
-Both servers get the same model, the same engine settings and the same arrivals, one server after the other. Points are
-kept in `overload.RESULTS` as they are made, so that a sweep may take several commands:
+Both servers get the same model, the same engine settings and the same arrivals, one server after the other, at the
+priority that they start with; the client goes before them. Points are kept in `overload.RESULTS` as they are made, so
+that a sweep may take several commands:
 
     python -m tests.bench.overload --real --path direct --capacity --loads 0.5,1     # finds the capacity first
     python -m tests.bench.overload --real --path gateway --loads 0.5,1,2,3
@@ -23,6 +24,8 @@ from pathlib import Path
 import msgspec
 import uvloop
 
+from deploy.plan import WORKER_NICENESS
+from deploy.process import leashed
 from engine.model import resolve
 from tests.bench import overload, report
 from tests.bench.engine import (
@@ -174,7 +177,7 @@ def outcome(request: Request, seen: Seen) -> Outcome:
 
 
 class GatewayServer:
-    """A gateway and one vLLM worker, as they ship."""
+    """A gateway and one vLLM worker, as `tidegate up` starts them."""
 
     def __init__(self, folder: Path, model_path: str, cores: Sequence[int]) -> None:
         self.port, worker_port = free_port(), free_port()
@@ -182,10 +185,11 @@ class GatewayServer:
         (folder / "gateway.toml").write_text(f"[gateway.limits]\ntoken_s = {TPOT_S}\n")
         tidegate = [sys.executable, "-m", "deploy"]
         worker = [*tidegate, "engine", "--port", str(worker_port), "--config", str(folder / "engine.toml")]
+        worker = leashed(worker, WORKER_NICENESS)
         gateway = [*tidegate, "gateway", "--port", str(self.port), "--operator-port", str(free_port())]
         gateway += ["--worker", f"127.0.0.1:{worker_port}", "--config", str(folder / "gateway.toml")]
-        self._worker = Process("worker", worker, cores=cores, log=folder / "worker.log")
-        self._gateway = Process("gateway", gateway, cores=cores, log=folder / "gateway.log")
+        self._worker = Process("worker", worker, cores=cores, log=folder / "worker.log", is_first=False)
+        self._gateway = Process("gateway", gateway, cores=cores, log=folder / "gateway.log", is_first=False)
 
     def wait(self) -> None:
         self._gateway.wait_until(lambda: answers(f"http://127.0.0.1:{self.port}/ready"), timeout_s=300.0)
@@ -221,10 +225,14 @@ def main(arguments: Sequence[str], loads: Sequence[float], seed: int) -> int:
     if sweep is None and not options.capacity:
         sys.exit("the capacity is not known yet: add --capacity")
     cores = sorted(os.sched_getaffinity(0))
-    take_priority(os.getpid())  # as the servers have it: a client that they starve would send late
+    take_priority(os.getpid())  # it stands for clients on other machines: one that servers starve would send late
     with tempfile.TemporaryDirectory(prefix="tidegate-bench-") as folder:
-        kind = GatewayServer if options.path == "gateway" else VllmServer
-        server = kind(Path(folder), str(resolve(MODEL)), cores)
+        model_path = str(resolve(MODEL))
+        server: GatewayServer | VllmServer
+        if options.path == "gateway":
+            server = GatewayServer(Path(folder), model_path, cores)
+        else:
+            server = VllmServer(Path(folder), model_path, cores, is_first=False)
         try:
             server.wait()
             if options.capacity:

@@ -32,7 +32,9 @@ class Process:
         cores: Sequence[int],
         log: Path,
         env: Mapping[str, str] | None = None,
+        is_first: bool = True,
     ) -> None:
+        """`is_first`: it runs before others of the machine, where the system lets us."""
         self.name = name
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
@@ -46,7 +48,8 @@ class Process:
                 start_new_session=True,
             )
         self._root = psutil.Process(self._popen.pid)
-        take_priority(self._popen.pid)
+        if is_first:
+            take_priority(self._popen.pid)
 
     def check(self) -> None:
         """Raises BenchError with the last lines of the log when the process has ended."""
