@@ -11,4 +11,4 @@ def test_random_operations_lose_nothing_and_leak_nothing(seed: int) -> None:
     traffic.run(25_000, check_every=97)
     traffic.end()
     assert traffic.ended.keys() == {"finished", "failed", "rejected", "cancelled", "timed out"}, "all of it happened"
-    assert min(traffic.operations.values()) > 100
+    assert min(traffic.operations.values()) > 30

@@ -15,6 +15,7 @@ WORKERS = ("v", "w", "x", "y")
 TENANTS = tuple(f"tenant-{number}" for number in range(20))
 MOST_QUEUED = 40
 PATIENCE_NS = 2_000_000_000
+TOKEN_TARGET_NS = 100_000_000
 TOKENS = 8
 
 
@@ -22,8 +23,9 @@ class Traffic:
     """One scheduler under random operations. `run` raises AssertionError where a request is lost or counted twice."""
 
     def __init__(self, seed: int, scheduler: Scheduler | None = None) -> None:
-        self.scheduler = scheduler or Scheduler(token_target_ns=100_000_000)
+        self.scheduler = scheduler or Scheduler(TOKEN_TARGET_NS)
         self.operations: collections.Counter[str] = collections.Counter()
+        """That had something to do: nothing can finish while nothing runs."""
         self.ended: collections.Counter[str] = collections.Counter()
         self.arrived = 0
         self._draw = random.Random(seed)
@@ -39,8 +41,7 @@ class Traffic:
         weights = (24, 18, 24, 14, 4, 3, 5, 6, 1, 1)
         steps = {name: getattr(self, f"_{name}") for name in names}
         for number, name in enumerate(self._draw.choices(names, weights, k=operations)):
-            steps[name]()
-            self.operations[name] += 1
+            self.operations[name] += steps[name]()
             if number % check_every == 0:
                 self.check()
         self.check()
@@ -71,9 +72,9 @@ class Traffic:
     def _below(self, limit: int) -> int:
         return int(self._random() * limit)
 
-    # -- what can happen
+    # -- what can happen; False where there was nothing that it could happen to
 
-    def _arrive(self) -> None:
+    def _arrive(self) -> bool:
         below = self._below
         self.arrived += 1
         tenant, model, band = TENANTS[below(len(TENANTS))], MODELS[below(len(MODELS))], below(4)
@@ -81,7 +82,7 @@ class Traffic:
         forecast = self.scheduler.forecast(model, band, tenant, tokens, self._now_ns)
         if len(self._queued) >= MOST_QUEUED:
             self.ended["rejected"] += 1
-            return
+            return True
         ticket = Ticket(
             request=self.arrived,
             model=model,
@@ -98,8 +99,9 @@ class Traffic:
         )
         self._queued[ticket.request] = ticket
         self.scheduler.enqueue(ticket)
+        return True
 
-    def _place(self) -> None:
+    def _place(self) -> bool:
         decided = self.scheduler.place(self._now_ns)
         for placement in decided.placed:
             request = placement.ticket.request
@@ -110,59 +112,69 @@ class Traffic:
         for request in decided.shed:
             del self._queued[request]
             self.ended["timed out"] += 1
+        return True
 
-    def _token(self) -> None:
+    def _token(self) -> bool:
         request = self._any_running()
         if request is None:
-            return
+            return False
         if request not in self._started:
             self._started.add(request)
             self.scheduler.started(request, self._now_ns)
         self.scheduler.overran(request, self.scheduler.charged_tokens(request) + 1)
+        return True
 
-    def _finish(self) -> None:
+    def _finish(self) -> bool:
         request = self._any_running()
         if request is not None:
             self._release(request, "finished")
+        return request is not None
 
-    def _fail(self) -> None:
+    def _fail(self) -> bool:
         request = self._any_running()
         if request is not None:
             self._release(request, "failed")
+        return request is not None
 
-    def _cancel(self) -> None:
+    def _cancel(self) -> bool:
         among = self._queued if self._random() < 0.5 else self._running
         if among:
             self._withdraw(next(iter(among)), "cancelled")
+            return True
+        return False
 
-    def _expire(self) -> None:
+    def _expire(self) -> bool:
         self._now_ns += self._below(50_000_000)
         for request in self.scheduler.expire(self._now_ns):
             assert self._queued.pop(request).deadline_ns <= self._now_ns
             self.ended["timed out"] += 1
+        return True
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
         if not self._serving:
-            return
+            return False
         name = next(iter(self._serving))
         self._now_ns += self._below(20_000_000)
         running = self.scheduler.ledger.sequences_on(name)
         self.scheduler.worker_reported(name, Load(running=running), is_draining=False)
         self.scheduler.stepped(name, self._now_ns)
+        return True
 
-    def _join(self) -> None:
+    def _join(self) -> bool:
         name = WORKERS[self._below(len(WORKERS))]
-        if name not in self._serving:
-            self._serving[name] = None
-            names = MODELS if self._random() < 0.7 else (MODELS[self._below(len(MODELS))],)
-            self.scheduler.worker_joined(
-                name, model_info(names=names, max_sequences=4 + self._below(60), kv_blocks=4_096), now_ns=self._now_ns
-            )
+        if name in self._serving:
+            return False
+        self._serving[name] = None
+        names = MODELS if self._random() < 0.7 else (MODELS[self._below(len(MODELS))],)
+        self.scheduler.worker_joined(
+            name, model_info(names=names, max_sequences=4 + self._below(60), kv_blocks=4_096), now_ns=self._now_ns
+        )
+        return True
 
-    def _lose(self) -> None:
+    def _lose(self) -> bool:
         name = WORKERS[self._below(len(WORKERS))]
         if name not in self._serving or self._random() < 0.8:
-            return
+            return False
         del self._serving[name]
         self.scheduler.worker_left(name)
         for request in self.scheduler.unserved():
@@ -171,6 +183,7 @@ class Traffic:
             self.ended["failed"] += 1
         for request in [request for request, worker in self._running.items() if worker == name]:
             self._release(request, "failed")
+        return True
 
     def _any_running(self) -> int | None:
         """The oldest or the youngest."""
