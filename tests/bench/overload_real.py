@@ -46,6 +46,9 @@ TOKENS_OUT = (32, 96)
 CAPACITY_REQUESTS = 192
 GRACE_S = 25.0
 """After the last arrival: what has not ended by then is too late by both objectives."""
+WARM_UP_S = 15.0
+"""At capacity, unmeasured: the first of each batch size pay for what is made once, and a gateway learns its worker."""
+WARM_UP_SEED = 99
 SETTLE_S = 3.0
 TIMED_OUT = "timeout"
 """Code of the error of a request that was admitted, and given up when it had waited in vain: missed, not refused."""
@@ -202,7 +205,7 @@ class GatewayServer:
 def measure(
     server: GatewayServer | VllmServer, path: Path_, sweep: Sweep, loads: Sequence[float], seconds: float, seed: int
 ) -> None:
-    uvloop.run(drive(server.port, requests(1.0, 10.0, seed=99)))  # the first ones pay for what is made once
+    uvloop.run(drive(server.port, requests(sweep.capacity, WARM_UP_S, seed=WARM_UP_SEED)))
     for load in loads:
         rate = load * sweep.capacity
         sent = requests(rate, seconds, seed)
