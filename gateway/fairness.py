@@ -104,7 +104,7 @@ class ServiceCounters:
         known = self._tenants[tenant]
         served = self.price(input_tokens, output_tokens)
         known.counter += served / known.weight
-        if served < 0:
+        if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
                 ring.fell(tenant)
 

@@ -96,6 +96,10 @@ class EngineForecast:
         self._steps = 0
         """That have ended."""
         self._departures = Departures()
+        self._step_ns: float | None = None
+        """A step without a prompt, once somebody has asked since the last one."""
+        self._joined_tokens = 0
+        """Of `unstarted_tokens`, those that were there when the running step began."""
         self.unstarted_tokens = 0
         """Prompt tokens that it was given and that are not known to be computed."""
 
@@ -106,8 +110,9 @@ class EngineForecast:
         is_running = self._began_ns is None
         self._prefills[request] = _Prefill(tokens, is_running=is_running, answer=answer)
         self.unstarted_tokens += tokens
-        if self._began_ns is None:
+        if is_running:
             self._began_ns = now_ns
+            self._joined_tokens += tokens
         if answer is not None:
             self._expect_end(request, answer, self._steps + (1 if is_running else 2))
 
@@ -130,6 +135,7 @@ class EngineForecast:
         began_ns, tokens, has_chunks = self._began_ns, self._started_tokens, self._has_chunks
         ran, self._running = self._running, running
         self._steps += 1
+        self._step_ns = None
         self._began_ns = None if is_idle and not self._prefills else now_ns
         self._started_tokens, self._has_chunks = 0, False
         if began_ns is None:
@@ -138,6 +144,7 @@ class EngineForecast:
             prefill.has_chunks = prefill.is_running
             has_chunks = has_chunks or prefill.is_running
             prefill.is_running = True
+        self._joined_tokens = self.unstarted_tokens
         if not has_chunks:  # how many tokens a chunk had is not known
             self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
@@ -147,6 +154,7 @@ class EngineForecast:
         prefill = self._prefills.pop(request, None)
         if prefill is not None:
             self.unstarted_tokens -= prefill.tokens
+            self._joined_tokens -= prefill.tokens if prefill.is_running else 0
         return prefill
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
@@ -163,7 +171,7 @@ class EngineForecast:
 
     def next_ns(self, tokens: int) -> float:
         """By how much the next step would be longer for one prompt more than those that it computes already."""
-        ahead = sum(prefill.tokens for prefill in self._prefills.values() if not prefill.is_running)
+        ahead = self.unstarted_tokens - self._joined_tokens
         return self.prompt_ns(ahead + tokens) if ahead else 0.0
 
     @property
@@ -173,7 +181,9 @@ class EngineForecast:
 
     def step_ns(self) -> float:
         """A step without a prompt."""
-        return self._fit.predict(0, self._running)
+        if self._step_ns is None:
+            self._step_ns = self._fit.predict(0, self._running)
+        return self._step_ns
 
     def prompt_ns(self, tokens: float) -> float:
         """What a prompt adds to its steps."""
@@ -205,8 +215,7 @@ class EngineForecast:
         """What is left of the running step, and the prompt tokens that it computes."""
         if self._began_ns is None:
             return 0.0, 0
-        running = sum(prefill.tokens for prefill in self._prefills.values() if prefill.is_running)
-        in_step = min(running, self._batch_tokens)
+        in_step = min(self._joined_tokens, self._batch_tokens)
         return max(0.0, self._began_ns + self._fit.predict(in_step, self._running) - now_ns), in_step
 
     def raw_ns(self, tokens: int, now_ns: int) -> int | None:
@@ -291,17 +300,19 @@ class Correction:
         self._ratios = RollingRatios()
         self._safe = _Share(SAFE_SHARE)
         self._sure = _Share(SURE_SHARE)
+        self._factors = (1.0, 1.0, 1.0)
+        """Of what to expect, what is safe and what is sure."""
 
     def apply(self, raw_ns: int, *, is_queued: bool) -> Forecast:
-        ratios = self._ratios
-        shares = (0.5, self._safe.value, self._sure.value)
-        expected_ns, safe_ns, sure_ns = (int(raw_ns * ratios.quantile(share)) for share in shares)
-        return Forecast(raw_ns, expected_ns, safe_ns, max(safe_ns, sure_ns), is_queued)
+        expected, safe, sure = self._factors
+        return Forecast(raw_ns, int(raw_ns * expected), int(raw_ns * safe), int(raw_ns * max(safe, sure)), is_queued)
 
     def learn(self, forecast: Forecast, actual_ns: int) -> None:
         self._ratios.add(actual_ns / forecast.raw_ns)
         self._safe.learn(is_under=actual_ns <= forecast.safe_ns)
         self._sure.learn(is_under=actual_ns <= forecast.sure_ns)
+        quantile = self._ratios.quantile
+        self._factors = quantile(0.5), quantile(self._safe.value), quantile(self._sure.value)
 
 
 class _Share:

@@ -72,6 +72,8 @@ class Work(msgspec.Struct):
 class _Waiting(msgspec.Struct):
     ticket: Ticket
     band: int
+    charge: float
+    """What placing it adds to its tenant's counter."""
 
 
 class FairQueue:
@@ -82,8 +84,6 @@ class FairQueue:
         self._bands: dict[int, _Band] = {}
         self._waiting: dict[int, _Waiting] = {}
         self._ages: list[tuple[int, int]] = []
-        self._work: dict[int, dict[str, Work]] = {}
-        """What waits, by band and tenant; nothing empty."""
 
     def __len__(self) -> int:
         return len(self._waiting)
@@ -95,26 +95,24 @@ class FairQueue:
         return iter(list(self._waiting))
 
     def push(self, ticket: Ticket) -> None:
-        self._waiting[ticket.request] = _Waiting(ticket, ticket.band)
+        charge = self._counters.price(ticket.input_tokens, ticket.output_tokens) / ticket.weight
+        waiting = self._waiting[ticket.request] = _Waiting(ticket, ticket.band, charge)
         self._counters.arrive(ticket.tenant, ticket.weight)
-        self._join(ticket.band, ticket)
+        self._band(ticket.band).push(waiting)
         if ticket.band > 1:
             heapq.heappush(self._ages, (ticket.arrived_ns + AGE_NS, ticket.request))
 
     def remove(self, request: int) -> Ticket:
         """Take a request out, wherever it stands."""
         waiting = self._waiting.pop(request)
-        self._part(waiting.band, waiting.ticket)
+        self._bands[waiting.band].remove(waiting)
         self._counters.leave(waiting.ticket.tenant)
         return waiting.ticket
 
     def head(self) -> Ticket | None:
         """The request that is next."""
-        for band in sorted(self._bands):
-            ticket = self._bands[band].head()
-            if ticket is not None:
-                return ticket
-        return None
+        first = min((number for number, band in self._bands.items() if band.lines), default=None)
+        return None if first is None else self._bands[first].head()
 
     def age(self, now_ns: int) -> None:
         """Lift what has waited long."""
@@ -123,9 +121,9 @@ class FairQueue:
             waiting = self._waiting.get(request)
             if waiting is None:
                 continue
-            self._part(waiting.band, waiting.ticket)
+            self._bands[waiting.band].remove(waiting)
             waiting.band -= 1
-            self._join(waiting.band, waiting.ticket)
+            self._band(waiting.band).push(waiting)
             if waiting.band > 1:
                 heapq.heappush(self._ages, (at_ns + AGE_NS, request))
 
@@ -135,18 +133,24 @@ class FairQueue:
         A tenant's requests pass until its counter has come to where this tenant's will be when its own are placed.
         """
         total = Work()
-        for its_band, tenants in self._work.items():
-            if its_band < band:
-                for work in tenants.values():
-                    _add(total, work, 1.0)
-        tenants = self._work.get(band, {})
-        mine = tenants.get(tenant, Work())
-        counters = self._counters
-        turn = counters.level(tenant) + mine.charge
-        for name, work in tenants.items():
-            passing = 1.0 if name == tenant else (turn - counters.counter(name)) / max(work.charge, 1e-9)
-            _add(total, work, min(1.0, max(0.0, passing)))
+        for number, higher in self._bands.items():
+            if number < band:
+                for line in higher.lines.values():
+                    total.requests += line.requests
+                    total.tokens += line.tokens
+        if band in self._bands:
+            self._add_passing(total, self._bands[band].lines, tenant)
         return total
+
+    def _add_passing(self, total: Work, lines: dict[str, _Line], tenant: str) -> None:
+        counters, mine = self._counters, lines.get(tenant)
+        turn = counters.level(tenant) + (mine.charge if mine is not None else 0.0)
+        for name, line in lines.items():
+            passing = (turn - counters.counter(name)) / max(line.charge, 1e-9) if line is not mine else 1.0
+            if passing > 0:
+                share = min(1.0, passing)
+                total.requests += share * line.requests
+                total.tokens += share * line.tokens
 
     def depths(self) -> dict[tuple[int, str], tuple[int, int]]:
         """(band, tenant) to (requests, arrival of the oldest)."""
@@ -157,64 +161,60 @@ class FairQueue:
             depths[key] = (count + 1, min(oldest_ns, waiting.ticket.arrived_ns))
         return depths
 
-    def _join(self, band: int, ticket: Ticket) -> None:
-        self._band(band).push(ticket)
-        work = self._work.setdefault(band, {}).setdefault(ticket.tenant, Work())
-        work.requests += 1
-        work.tokens += ticket.input_tokens
-        work.charge += self._charge(ticket)
-
-    def _part(self, band: int, ticket: Ticket) -> None:
-        self._band(band).remove(ticket)
-        work = self._work[band][ticket.tenant]
-        work.requests -= 1
-        work.tokens -= ticket.input_tokens
-        work.charge -= self._charge(ticket)
-        if not work.requests:
-            del self._work[band][ticket.tenant]
-
-    def _charge(self, ticket: Ticket) -> float:
-        return self._counters.price(ticket.input_tokens, ticket.output_tokens) / ticket.weight
-
-    def _band(self, band: int) -> _Band:
-        if band not in self._bands:
-            self._bands[band] = _Band(self._counters.ring())
-        return self._bands[band]
+    def _band(self, number: int) -> _Band:
+        if number not in self._bands:
+            self._bands[number] = _Band(number, self._counters.ring(), self._waiting)
+        return self._bands[number]
 
 
-def _add(total: Work, work: Work, share: float) -> None:
-    total.requests += share * work.requests
-    total.tokens += share * work.tokens
+class _Line(Work):
+    """What waits of one tenant in one band."""
+
+    heap: list[tuple[int, int]] = []
+    """(deadline, request); those that have left the band stay until they surface."""
 
 
 class _Band:
-    """Requests of one band: per tenant a heap by deadline. Removed ones stay in their heap until they surface."""
+    """Requests of one band: per tenant a line by deadline."""
 
-    def __init__(self, tenants: LeastServed) -> None:
+    def __init__(self, number: int, tenants: LeastServed, waiting: dict[int, _Waiting]) -> None:
+        """`waiting` are the requests of all bands."""
+        self.lines: dict[str, _Line] = {}
+        """None is empty."""
+        self._number = number
         self._tenants = tenants
-        self._heaps: dict[str, list[tuple[int, int]]] = {}
-        self._tickets: dict[int, Ticket] = {}
-        self._counts: dict[str, int] = {}
+        self._waiting = waiting
 
-    def push(self, ticket: Ticket) -> None:
-        self._tickets[ticket.request] = ticket
-        heapq.heappush(self._heaps.setdefault(ticket.tenant, []), (ticket.deadline_ns, ticket.request))
-        self._counts[ticket.tenant] = self._counts.get(ticket.tenant, 0) + 1
-        self._tenants.add(ticket.tenant)
+    def push(self, waiting: _Waiting) -> None:
+        ticket = waiting.ticket
+        line = self.lines.get(ticket.tenant)
+        if line is None:
+            line = self.lines[ticket.tenant] = _Line()
+            self._tenants.add(ticket.tenant)
+        heapq.heappush(line.heap, (ticket.deadline_ns, ticket.request))
+        line.requests += 1
+        line.tokens += ticket.input_tokens
+        line.charge += waiting.charge
 
-    def remove(self, ticket: Ticket) -> None:
-        del self._tickets[ticket.request]
-        self._counts[ticket.tenant] -= 1
-        if not self._counts[ticket.tenant]:
-            del self._counts[ticket.tenant]
-            del self._heaps[ticket.tenant]
+    def remove(self, waiting: _Waiting) -> None:
+        ticket = waiting.ticket
+        line = self.lines[ticket.tenant]
+        line.requests -= 1
+        line.tokens -= ticket.input_tokens
+        line.charge -= waiting.charge
+        if not line.requests:
+            del self.lines[ticket.tenant]
             self._tenants.discard(ticket.tenant)
 
     def head(self) -> Ticket | None:
         tenant = self._tenants.least()
         if tenant is None:
             return None
-        heap = self._heaps[tenant]
-        while (ticket := self._tickets.get(heap[0][1])) is None:
+        heap = self.lines[tenant].heap
+        while not self._is_here(heap[0][1]):
             heapq.heappop(heap)
-        return ticket
+        return self._waiting[heap[0][1]].ticket
+
+    def _is_here(self, request: int) -> bool:
+        waiting = self._waiting.get(request)
+        return waiting is not None and waiting.band == self._number
