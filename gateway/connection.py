@@ -155,7 +155,10 @@ class Connection(HttpToolsProtocol):
     async def _answer(
         self, cycle: RequestResponseCycle, app: ASGI3Application, scope: Any, receive: Any, send: Any
     ) -> None:
-        await app(scope, receive, send)
+        try:
+            await app(scope, receive, send)
+        finally:
+            del scope[WIRE]  # which knows the cycle, which knows the scope: left so, it would be the collector's
         if not (cycle.response_complete or cycle.disconnected):  # given up: the client does not read
             cycle.disconnected = True
             self.transport.abort()

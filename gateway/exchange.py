@@ -204,6 +204,7 @@ class Exchange:
         if self.watcher is not None:
             self.watcher.cancel()
         self.outlet.close()
+        self.stream.abandon()
 
     def prepare(self, call: Call, model: str, answer: Answer) -> None:
         self.call = call

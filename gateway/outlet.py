@@ -112,6 +112,8 @@ class Outlet:
     def close(self) -> None:
         """The request has ended: what the socket has not taken by now is given up."""
         self._let_go()
+        # Who is called knows this outlet: without these links, all that a request held is freed at once.
+        self.on_drained = self.on_closed = self.on_left = _nothing
         if self._wire is not None:
             self._wire.on_left = _nothing
         if self._drainer is not None and self.is_blocked:

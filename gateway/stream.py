@@ -28,6 +28,20 @@ class Owner(Protocol):
         """Anything but one more text of an open stream."""
 
 
+class _Nobody:
+    """Owner of a stream whose request has ended."""
+
+    on_overrun: Callable[[], None] = staticmethod(lambda: None)
+
+    def delta(
+        self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int
+    ) -> None:
+        pass
+
+
+NOBODY = _Nobody()
+
+
 class TokenStream:
     """Counts tokens and, while it is open, writes their text to the client's socket.
 
@@ -91,6 +105,11 @@ class TokenStream:
     def close(self) -> None:
         """All that comes goes to the owner, as before `open`."""
         self._descriptor = self._queue = None
+
+    def abandon(self) -> None:
+        """The request has ended: what still comes is nobody's."""
+        self.close()
+        self._owner = NOBODY
 
     def token(self, text: str, count: int, now_ns: int) -> None:
         """A row of an engine's step: plain text of the first choice."""
