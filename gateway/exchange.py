@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import collections
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -18,11 +18,15 @@ from gateway.calls import Call
 from gateway.forecast import Forecast
 from gateway.identity import Identity
 from gateway.outlet import Headers, Outlet
+from gateway.run import Run
 from gateway.stream import TokenStream
 from gateway.timeline import Timeline
-from protos.core.contract import Failed, Finished, ModelInfo, Started, TokenLogprob
+from protos.core.contract import Failed, Finished, Started, TokenLogprob
 from protos.core.errors import RequestError
 from protos.core.record import Attempt, Outcome, RequestRecord
+
+if TYPE_CHECKING:
+    from gateway.hedge import Race
 
 
 class Placed(msgspec.Struct, frozen=True):
@@ -37,6 +41,10 @@ class Lost(msgspec.Struct, frozen=True):
     """The worker's session broke."""
 
     reason: str
+
+
+class Beaten(msgspec.Struct, frozen=True):
+    """Another run of the request had its first token sooner."""
 
 
 class Gone(msgspec.Struct, frozen=True):
@@ -60,7 +68,7 @@ class Cut(msgspec.Struct, frozen=True):
 
 Row = tuple[int, str, Sequence[TokenLogprob] | None]
 """(choice, text, logprobs)"""
-Event = Placed | Finished | Failed | Lost | Gone | Overdue | Unplaceable | Cut
+Event = Placed | Finished | Failed | Lost | Beaten | Gone | Overdue | Unplaceable | Cut
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),
@@ -72,7 +80,6 @@ class Exchange:
     """Owned by the pipeline's task of the request. A Sink for its attempts."""
 
     __slots__ = (
-        "_attempt_ns",
         "_events",
         "_first_token_ns",
         "_keeps_output",
@@ -94,6 +101,7 @@ class Exchange:
         "forecast",
         "identity",
         "is_deaf",
+        "lease",
         "model",
         "number",
         "on_overrun",
@@ -103,20 +111,23 @@ class Exchange:
         "patience",
         "priority",
         "prompt_tokens",
+        "race",
+        "run",
         "status",
         "stream",
         "tenant",
         "timeline",
         "token_ids",
+        "tried",
         "watcher",
-        "worker",
-        "worker_model",
     )
 
     def __init__(
         self, number: int, endpoint: str, identity: Identity, timeline: Timeline, outlet: Outlet, *, keeps_output: bool
     ) -> None:
         self.number = number
+        self.lease = number
+        """Its number in the scheduler's books: another one after a hedge, whose run has its own."""
         self.endpoint = endpoint
         self.identity = identity
         self.timeline = timeline
@@ -126,8 +137,12 @@ class Exchange:
         self.model = ""
         self.tenant = "anonymous"
         self.priority = ""
-        self.worker: str | None = None
-        self.worker_model: ModelInfo | None = None
+        self.run: Run | None = None
+        """The last attempt's."""
+        self.race: Race | None = None
+        """Between its run and a hedge; over or not."""
+        self.tried: tuple[str, ...] = ()
+        """The workers that it was sent to."""
         self.answer: Answer | None = None
         self.choices: list[Choice] = []
         self.attempts: list[Attempt] = []
@@ -158,7 +173,6 @@ class Exchange:
         """Signals Gone when the client leaves."""
         self.patience: asyncio.Timeout | None = None
         """Of a wait for the client that is no event's to end."""
-        self._attempt_ns = 0
         self._keeps_output = keeps_output
         self._first_token_ns = 0
         self._withheld: list[Row] = []
@@ -203,6 +217,7 @@ class Exchange:
         """Its task ends: nothing of it outlives it."""
         if self.watcher is not None:
             self.watcher.cancel()
+        self.race = None
         self.outlet.close()
         self.stream.abandon()
 
@@ -212,32 +227,43 @@ class Exchange:
         self.answer = answer
         self.choices = [Choice(texts=[], logprobs=[]) for _ in range(call.sampling.n)]
 
-    def begin_attempt(self, worker: str, model: ModelInfo, now_ns: int) -> None:
+    def begin_attempt(self, run: Run) -> None:
         """One that resumes adds to the phases that there are: to the client it is one answer, with a pause in it."""
         if not self.has_output:
             self.timeline.forget_engine()
-            self.timeline.dispatched_ns = now_ns
-        self.worker, self.worker_model = worker, model
+            self.timeline.dispatched_ns = run.began_ns
+        self.run = run
+        self.expected_cached_tokens = run.cached_tokens
         self.carried_tokens = self.output_tokens
         self.is_deaf = False
-        self._attempt_ns = now_ns
         if self.outlet.is_started:
             self._open_stream()
 
-    def end_attempt(self, now_ns: int, error: str | None) -> None:
-        assert self.worker is not None
+    def note_attempt(self, run: Run, now_ns: int, error: str | None) -> None:
+        """A run has ended, or lost its race: that is before any token has come."""
         arrived_ns = self.timeline.arrived_ns
         output_tokens = self.output_tokens - self.carried_tokens
-        self.on_started = self.on_overrun = _nothing
         self.attempts.append(
-            Attempt(self.worker, self._attempt_ns - arrived_ns, now_ns - arrived_ns, error, output_tokens)
+            Attempt(run.worker, run.began_ns - arrived_ns, now_ns - arrived_ns, error, output_tokens, run.is_hedge)
         )
+        if run is self.run:
+            self.on_started = self.on_overrun = _nothing
 
     def stop_listening(self) -> None:
         """Nothing more goes to the client; the worker's last words still count for the record."""
         self.is_deaf = True
         self.stream.close()
         self._withheld.clear()
+
+    @property
+    def worker(self) -> str | None:
+        """Of the last attempt."""
+        return self.run.worker if self.run is not None else None
+
+    @property
+    def is_silent(self) -> bool:
+        """It runs, and nothing has come of it: no token, and no end that the pipeline is yet to act on."""
+        return not (self.has_output or self.is_deaf or self._events)
 
     @property
     def output_tokens(self) -> int:
@@ -442,7 +468,7 @@ class Exchange:
 
     @property
     def _is_simulated(self) -> bool:
-        return self.worker_model is not None and self.worker_model.simulated
+        return self.run is not None and self.run.model.simulated
 
     def _after_arrival(self, stamp_ns: int) -> int | None:
         return stamp_ns - self.timeline.arrived_ns if stamp_ns else None

@@ -72,8 +72,10 @@ class Metrics:
         )
         self._tenant_tokens = self._count("tidegate_tenant_tokens", "Tokens", "tenant", "kind")
         self._tenant_names = TenantNames()
-        self._retries = self._count("tidegate_retries", "Attempts after the first", "model")
+        self._retries = self._count("tidegate_retries", "Attempts after the first, without hedges", "model")
         self._resumes = self._count("tidegate_resumes", "Of these, the ones that went on with an answer", "model")
+        self._hedges = self._count("tidegate_hedges", "Requests sent to a second worker beside the first", "model")
+        self._hedges_won = self._count("tidegate_hedges_won", "Of these, the ones that it answered", "model")
         self._ttft = self._distribution("tidegate_ttft_seconds", "Arrival to first content", of_request, SECONDS)
         self._tpot = self._distribution(
             "tidegate_tpot_seconds", "Time per output token after the first", of_request, TOKEN_SECONDS
@@ -106,7 +108,10 @@ class Metrics:
         self._tokens.add((model, "expected_cached"), record.expected_cached_tokens or 0)
         self._tokens.add((model, "output"), record.output_tokens)
         if len(record.attempts) > 1:
-            self._retries.add((model,), len(record.attempts) - 1)
+            hedges = [attempt for attempt in record.attempts if attempt.is_hedge]
+            self._hedges.add((model,), len(hedges))
+            self._hedges_won.add((model,), sum(hedge.output_tokens > 0 for hedge in hedges))
+            self._retries.add((model,), len(record.attempts) - 1 - len(hedges))
             self._resumes.add((model,), sum(before.output_tokens > 0 for before in record.attempts[:-1]))
         first_ns, last_ns = record.first_token_at_ns, record.last_token_at_ns
         if first_ns is not None:

@@ -16,8 +16,9 @@ from typing import Any
 from gateway import admission, retries
 from gateway.answers import Answer, error_event, render_error
 from gateway.calls import Call, Parser
-from gateway.exchange import Cut, Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
+from gateway.exchange import Beaten, Cut, Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
 from gateway.fleet import Fleet
+from gateway.hedge import Race
 from gateway.identity import authorization, identify
 from gateway.lengths import OutputLengths, has_fixed_output
 from gateway.order import Ticket
@@ -25,7 +26,8 @@ from gateway.outlet import Headers, Outlet, Send
 from gateway.prefixes import Blocks, cut
 from gateway.quota import Grant, Quotas
 from gateway.recorder import Recorder
-from gateway.scheduler import Scheduler
+from gateway.run import Run
+from gateway.scheduler import Placement, Scheduler
 from gateway.settings import Limits
 from gateway.tenants import TenantTable
 from gateway.terms import Terms, agree, check_model
@@ -99,6 +101,7 @@ class Pipeline:
         self._clock = clock
         self._numbers = itertools.count(1)
         self._active: dict[int, Exchange] = {}
+        """By their numbers in the scheduler's books."""
         self._became_idle = asyncio.Event()
         self._expiry: asyncio.TimerHandle | None = None
         self._expiry_ns = 0
@@ -160,7 +163,7 @@ class Pipeline:
             Outlet(send, self._tasks, clock.mono_ns, scope.get(WIRE)),
             keeps_output=self._recorder.keeps_output,
         )
-        self._active[exchange.number] = exchange
+        self._active[exchange.lease] = exchange
         try:
             end = await self._run(exchange, endpoint, receive, scope["headers"])
             await self._conclude(exchange, end)
@@ -201,18 +204,16 @@ class Pipeline:
         """Wait for a worker and run there; again elsewhere when that fails, from the start or from the last token."""
         if terms.may_resume and retries.is_resumable(call.sampling):
             exchange.token_ids = []
-        avoid: tuple[str, ...] = ()
         while True:
-            placed = await self._queue(exchange, call, terms, avoid)
+            placed = await self._queue(exchange, call, terms)
             if not isinstance(placed, Placed):
                 return placed
-            avoid = (*avoid, placed.worker)
             end = await self._attempt(exchange, call, terms, placed)
-            if not self._may_try_again(exchange, terms, end, len(avoid)):
+            if not self._may_try_again(exchange, terms, end):
                 return _translate(end, call, terms)
 
-    def _may_try_again(self, exchange: Exchange, terms: Terms, end: Event, attempts: int) -> bool:
-        if not retries.is_workers_fault(end) or attempts >= self._limits.attempts:
+    def _may_try_again(self, exchange: Exchange, terms: Terms, end: Event) -> bool:
+        if not retries.is_workers_fault(end) or len(exchange.tried) >= self._limits.attempts:
             return False
         if exchange.has_output and not exchange.is_resumable:
             return False
@@ -311,20 +312,18 @@ class Pipeline:
 
     # -- queue
 
-    async def _queue(
-        self, exchange: Exchange, call: Call, terms: Terms, avoid: tuple[str, ...]
-    ) -> Placed | RequestError | Gone:
-        self._scheduler.enqueue(self._ticket(exchange, call, terms, avoid))
+    async def _queue(self, exchange: Exchange, call: Call, terms: Terms) -> Placed | RequestError | Gone:
+        self._scheduler.enqueue(self._ticket(exchange, call, terms, exchange.lease))
         self._place_waiting()
         self._arm_expiry()
-        if avoid and not exchange.has_output and not self._scheduler.is_served(exchange.model):
+        if exchange.tried and not exchange.has_output and not self._scheduler.is_served(exchange.model):
             exchange.signal(Unplaceable())
         event: Event | None = None
         try:
             event = await exchange.next_event()
         finally:
             if not isinstance(event, Placed):
-                self._scheduler.withdraw(exchange.number)
+                self._scheduler.withdraw(exchange.lease)
                 self._place_waiting()
         match event:
             case Placed():
@@ -342,11 +341,11 @@ class Pipeline:
             case _:
                 raise AssertionError(f"{event} while queued")
 
-    def _ticket(self, exchange: Exchange, call: Call, terms: Terms, avoid: tuple[str, ...]) -> Ticket:
+    def _ticket(self, exchange: Exchange, call: Call, terms: Terms, number: int) -> Ticket:
         """An answer that has begun goes on before others begin: it is in the top band, and is not shed."""
         is_begun = exchange.has_output
         return Ticket(
-            request=exchange.number,
+            request=number,
             model=exchange.model,
             tenant=exchange.tenant,
             weight=terms.weight,
@@ -359,8 +358,8 @@ class Pipeline:
             arrived_ns=exchange.timeline.arrived_ns,
             deadline_ns=_wanted_by_ns(exchange, terms, self._clock.mono_ns()),
             is_sheddable=terms.is_sheddable and not is_begun,
-            forecast=None if avoid else exchange.forecast,
-            avoid=avoid,
+            forecast=None if exchange.tried else exchange.forecast,
+            avoid=exchange.tried,
             blocks=_blocks(call, exchange.model),
             prompt_bytes=len(call.prompt_bytes),
             session=exchange.identity.session,
@@ -376,7 +375,7 @@ class Pipeline:
             exchange = self._active[placement.ticket.request]
             if not exchange.timeline.dequeued_ns:
                 exchange.timeline.dequeued_ns = now_ns
-            exchange.signal(Placed(placement.worker, placement.cached_tokens, placement.priority))
+            exchange.signal(_placed(placement))
 
     def _fail_unplaceable(self) -> None:
         """A worker left: requests that only it could have run need not wait for their deadline.
@@ -408,12 +407,12 @@ class Pipeline:
     def _note_start(self, exchange: Exchange) -> None:
         """The forecast learns from what has just come true."""
         prompt_tokens, cached_tokens = exchange.prompt_tokens or 0, exchange.cached_tokens or 0
-        self._scheduler.started(exchange.number, self._clock.mono_ns(), prompt_tokens, cached_tokens)
+        self._scheduler.started(exchange.lease, self._clock.mono_ns(), prompt_tokens, cached_tokens)
 
     def _charge_overrun(self, exchange: Exchange) -> None:
         """More tokens came than were predicted: the tenant pays for the next ones, a block at a time."""
         exchange.stream.charged_tokens = exchange.output_tokens + OVERRUN_TOKENS
-        self._scheduler.overran(exchange.number, exchange.stream.charged_tokens - exchange.carried_tokens)
+        self._scheduler.overran(exchange.lease, exchange.stream.charged_tokens - exchange.carried_tokens)
 
     # -- attempt
 
@@ -422,15 +421,46 @@ class Pipeline:
         now_ns = self._clock.mono_ns()
         if not exchange.timeline.routed_ns:
             exchange.timeline.routed_ns = now_ns
-        upstream = self._fleet.upstream(placed.worker)
-        if upstream is None:  # it left between placement and now
-            self._scheduler.release(exchange.number)
+        run = self._submit(exchange, call, placed, exchange.lease, now_ns)
+        if run is None:
             return Lost("left before the request was sent")
-        exchange.begin_attempt(placed.worker, self._fleet.model_of(placed.worker), now_ns)
-        exchange.on_started = functools.partial(self._note_start, exchange)
-        exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
-        exchange.stream.charged_tokens = exchange.carried_tokens + self._scheduler.charged_tokens(exchange.number)
-        exchange.expected_cached_tokens = placed.cached_tokens
+        self._begin(exchange, run)
+        timer = _Timeouts(exchange, self._clock, terms)
+        hedge = self._hedge_later(exchange, call, terms) if terms.hedge_after_ns else None
+        event: Event = Gone()
+        try:
+            event = await exchange.next_event()
+            if isinstance(event, Gone | Overdue | Cut):
+                exchange.ended_ns = self._clock.mono_ns()
+                _stop(exchange, event)
+                await _worker_end(exchange)
+        except asyncio.CancelledError:
+            if not exchange.is_deaf:
+                _stop(exchange, event)
+            raise
+        finally:
+            timer.cancel()
+            if hedge is not None:
+                hedge.cancel()
+            run = exchange.run  # a hedge may have taken its place
+            assert run is not None
+            self._note_end(exchange, run, event)
+            # The lease is held until the worker has let go, so that its books and ours agree.
+            self._scheduler.release(run.lease, exchange.output_tokens - exchange.carried_tokens)
+            if isinstance(event, Finished):
+                self._lengths.learn(exchange.tenant, exchange.output_tokens, call.sampling.n)
+            self._place_waiting()
+        return event
+
+    def _submit(
+        self, exchange: Exchange, call: Call, placed: Placed, lease: int, now_ns: int, *, is_hedge: bool = False
+    ) -> Run | None:
+        """Send the request to a worker; None, and no lease, when that has left since it was chosen."""
+        exchange.tried += (placed.worker,)
+        upstream = self._fleet.upstream(placed.worker)
+        if upstream is None:
+            self._scheduler.release(lease)
+            return None
         slot = upstream.submit(
             exchange,
             request_id=exchange.identity.request_id,
@@ -441,31 +471,60 @@ class Pipeline:
             priority=placed.priority,
             token_ids=exchange.token_ids,
         )
-        timer = _Timeouts(exchange, self._clock, terms)
-        event: Event = Gone()
-        try:
-            event = await exchange.next_event()
-            if isinstance(event, Gone | Overdue | Cut):
-                exchange.ended_ns = self._clock.mono_ns()
-                exchange.stop_listening()
-                upstream.cancel(slot)
-                await _worker_end(exchange)
-        except asyncio.CancelledError:
-            if not exchange.is_deaf:
-                exchange.stop_listening()
-                upstream.cancel(slot)
-            raise
-        finally:
-            timer.cancel()
-            ended_ns = self._clock.mono_ns()
-            exchange.end_attempt(ended_ns, _attempt_error(event))
-            self._scheduler.attempt_ended(placed.worker, retries.verdict(event), ended_ns)
-            # The lease is held until the worker has let go, so that its books and ours agree.
-            self._scheduler.release(exchange.number, exchange.output_tokens - exchange.carried_tokens)
-            if isinstance(event, Finished):
-                self._lengths.learn(exchange.tenant, exchange.output_tokens, call.sampling.n)
-            self._place_waiting()
-        return event
+        return Run(
+            worker=placed.worker,
+            model=self._fleet.model_of(placed.worker),
+            upstream=upstream,
+            slot=slot,
+            lease=lease,
+            began_ns=now_ns,
+            cached_tokens=placed.cached_tokens,
+            is_hedge=is_hedge,
+        )
+
+    def _begin(self, exchange: Exchange, run: Run) -> None:
+        """The tokens that come are this run's."""
+        if run.lease != exchange.lease:
+            del self._active[exchange.lease]
+            self._active[run.lease] = exchange
+            exchange.lease = run.lease
+        exchange.begin_attempt(run)
+        exchange.on_started = functools.partial(self._note_start, exchange)
+        exchange.on_overrun = functools.partial(self._charge_overrun, exchange)
+        exchange.stream.charged_tokens = exchange.carried_tokens + self._scheduler.charged_tokens(run.lease)
+
+    def _note_end(self, exchange: Exchange, run: Run, event: Event) -> None:
+        now_ns = self._clock.mono_ns()
+        exchange.note_attempt(run, now_ns, _attempt_error(event))
+        self._scheduler.attempt_ended(run.worker, retries.verdict(event), now_ns)
+
+    # -- hedge
+
+    def _hedge_later(self, exchange: Exchange, call: Call, terms: Terms) -> asyncio.TimerHandle:
+        assert terms.hedge_after_ns is not None
+        hedge = functools.partial(self._hedge, exchange, call, terms)
+        return asyncio.get_running_loop().call_later(terms.hedge_after_ns / 1e9, hedge)
+
+    def _hedge(self, exchange: Exchange, call: Call, terms: Terms) -> None:
+        """The first token is late: ask a second worker too, once, where one has room that nobody waits for."""
+        if not exchange.is_silent or exchange.race is not None or len(exchange.tried) >= self._limits.attempts:
+            return
+        if not self._retries.has_share(exchange.number, len(self._active)):
+            return
+        ticket = self._ticket(exchange, call, terms, next(self._numbers))
+        now_ns = self._clock.mono_ns()
+        placement = self._scheduler.place_beside(ticket, now_ns)
+        if placement is None:
+            return
+        run = self._submit(exchange, call, _placed(placement), ticket.request, now_ns, is_hedge=True)
+        if run is not None:
+            self._retries.hold(exchange.number)
+            exchange.race = Race(exchange, run, begin=self._begin, end=self._note_end, release=self._release)
+
+    def _release(self, run: Run) -> None:
+        """A worker has let go of a run that its request goes on without."""
+        self._scheduler.release(run.lease)
+        self._place_waiting()
 
     # -- conclude and settle
 
@@ -543,7 +602,7 @@ class Pipeline:
     def _settle(self, exchange: Exchange) -> None:
         if not exchange.ended_ns:  # cancelled by a server that is being stopped
             exchange.ended_ns = self._clock.mono_ns()
-        del self._active[exchange.number]
+        del self._active[exchange.lease]
         self._retries.give_back(exchange.number)
         if not self._active:
             self._became_idle.set()
@@ -582,6 +641,19 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.signal(Gone())
+
+
+def _placed(placement: Placement) -> Placed:
+    return Placed(placement.worker, placement.cached_tokens, placement.priority)
+
+
+def _stop(exchange: Exchange, event: Event) -> None:
+    """Cancel what runs of a request."""
+    if exchange.race is not None:
+        exchange.race.abandon(event)
+    exchange.stop_listening()
+    assert exchange.run is not None
+    exchange.run.cancel()
 
 
 async def _worker_end(exchange: Exchange) -> None:
@@ -682,6 +754,8 @@ def _attempt_error(event: Event) -> str | None:
             return message
         case Lost(reason):
             return reason
+        case Beaten():
+            return "hedged"
         case Overdue():
             return "deadline"
         case Cut():

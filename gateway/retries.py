@@ -7,7 +7,8 @@ that have come.
 Attempts are bounded by their number, by the request's deadlines and by room: a retry waits in the queue, so that what
 is left of the workers gets no more at once than ever. Against workers that live and fail, the budget also keeps the
 retries under way to a share of all requests. A worker that is gone costs no budget: the loss of one among three takes a
-third of the requests along, and they would be refused exactly when there is room for them.
+third of the requests along, and they would be refused exactly when there is room for them. A hedge (`gateway.hedge`)
+takes its share like a retry.
 """
 
 from __future__ import annotations
@@ -58,19 +59,26 @@ def is_resumable(sampling: Sampling) -> bool:
 
 
 class RetryBudget:
-    """Retries under way after failures of workers that live; each request holds one share at most."""
+    """Hedges, and retries after failures of workers that live; each request holds one share at most."""
 
     def __init__(self) -> None:
         self._requests: set[int] = set()
 
     def take(self, request: int, end: Event, active: int) -> bool:
         """May the request be tried again? `active` is how many requests there are in all."""
-        if not isinstance(end, Failed) or end.kind is not FailureKind.INTERNAL or request in self._requests:
+        if not isinstance(end, Failed) or end.kind is not FailureKind.INTERNAL:
             return True
-        if len(self._requests) >= max(MINIMUM, SHARE * active):
+        if not self.has_share(request, active):
             return False
-        self._requests.add(request)
+        self.hold(request)
         return True
+
+    def has_share(self, request: int, active: int) -> bool:
+        """Has the request a share, or is one left for it?"""
+        return request in self._requests or len(self._requests) < max(MINIMUM, SHARE * active)
+
+    def hold(self, request: int) -> None:
+        self._requests.add(request)
 
     def give_back(self, request: int) -> None:
         """The request is over."""

@@ -267,11 +267,28 @@ class Scheduler:
                 self._learn_end(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
-            self._bind(ticket, route, now_ns)
-            priority = ticket.band if is_yielding else 0
-            decided.placed.append(Placement(ticket, route.worker.name, route.cached_tokens, priority))
+            decided.placed.append(self._bind(ticket, route, now_ns, is_yielding=is_yielding))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
+
+    def place_beside(self, ticket: Ticket, now_ns: int) -> Placement | None:
+        """Bind a hedge, under a number of its own, to a worker not tried and not in doubt that has room for anybody.
+
+        None where there is no such worker, or somebody waits: what is left of the workers is not for hedges then.
+        """
+        if self.waiting(ticket.model):
+            return None
+        has_company, is_yielding = self._has_company(now_ns), self._is_yielding(ticket.band, now_ns)
+        takers = (
+            worker
+            for worker in self._workers.values()
+            if ticket.model in worker.model.names
+            and worker.name not in ticket.avoid
+            and worker.breaker.state(now_ns) == "closed"
+            and self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
+        )
+        route = self.choose(takers, self.ledger, ticket, now_ns)
+        return None if route is None else self._bind(ticket, route, now_ns, is_yielding=is_yielding)
 
     def _trusted(self, model: str, now_ns: int) -> Sequence[Worker]:
         """Who serves the model; full workers are among them, so that nobody is sent to a broken one instead."""
@@ -318,7 +335,7 @@ class Scheduler:
         engine_ns = worker.forecast.expected_ns(ticket.input_tokens - route.cached_tokens, now_ns)
         return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
 
-    def _bind(self, ticket: Ticket, route: Route, now_ns: int) -> None:
+    def _bind(self, ticket: Ticket, route: Route, now_ns: int, *, is_yielding: bool) -> Placement:
         worker = route.worker
         worker.breaker.began(now_ns)
         worker.prefixes.use(ticket.blocks)
@@ -337,6 +354,7 @@ class Scheduler:
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
         self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
+        return Placement(ticket, worker.name, route.cached_tokens, ticket.band if is_yielding else 0)
 
     def charged_tokens(self, request: int) -> int:
         """Output tokens that the placed request's tenant has been charged for."""

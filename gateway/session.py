@@ -127,6 +127,15 @@ class WorkerSession:
         self._has_output.set()
         return slot
 
+    def redirect(self, slot: int, sink: Sink, token_ids: list[int] | None = None) -> None:
+        if slot not in self._sinks:
+            return
+        self._sinks[slot] = sink
+        self._streams[slot] = sink.stream
+        self._token_ids.pop(slot, None)
+        if token_ids is not None:
+            self._token_ids[slot] = token_ids
+
     def cancel(self, slot: int) -> None:
         if slot in self._sinks:
             self._cancels.append(slot)

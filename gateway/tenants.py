@@ -18,6 +18,7 @@ from protos.core import telemetry
 from protos.core.errors import ConfigError, Forbidden, InvalidRequest, RequestError, Unauthenticated
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+Milliseconds = Annotated[int, msgspec.Meta(ge=1, le=60_000)]
 ANONYMOUS = "anonymous"
 MOST_CLAIMED = 10_000
 """Books are kept for each tenant: clients without keys share one name when they have thought of so many."""
@@ -64,6 +65,9 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     """Models that the tenant may use; all of them when empty."""
     resume: bool = False
     """Answers whose worker is lost go on from their last token on another one, where that is exact."""
+    hedge_after_ms: Milliseconds | None = None
+    """A request without a first token so long after it was sent to a worker is sent to a second one too; see
+    `gateway.hedge`. Never without it."""
 
 
 class TenantTable:

@@ -19,7 +19,7 @@ _milliseconds_of = re.compile(MILLISECONDS).fullmatch
 
 
 class Terms(msgspec.Struct, frozen=True, kw_only=True):
-    """Deadlines are nanoseconds after arrival."""
+    """Deadlines are nanoseconds after arrival, `hedge_after_ns` after it was sent to a worker."""
 
     band: int
     band_name: str
@@ -31,6 +31,7 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
     """The client asked for a shorter one than the gateway's."""
     is_total_own: bool = False
     may_resume: bool = False
+    hedge_after_ns: int | None = None
 
 
 def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, limits: Limits) -> Terms | RequestError:
@@ -56,6 +57,7 @@ def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, li
         is_first_token_own=first_token_ns < int(limits.first_token_s * 1e9),
         is_total_own=total_ns < int(limits.total_s * 1e9),
         may_resume=tenant.resume,
+        hedge_after_ns=None if tenant.hedge_after_ms is None else tenant.hedge_after_ms * 1_000_000,
     )
 
 

@@ -159,7 +159,7 @@ class SpanBuilder:
                 span = self._failed_attempt(attempt, root, begin_ns, finish_ns)
             else:
                 finish_ns = starts["deliver"][0] - _US if "deliver" in starts else end_ns - _US
-                attributes = _present(_generation_attributes(record))
+                attributes = _present(_generation_attributes(record, attempt))
                 span = self._child(
                     "attempt",
                     root,
@@ -169,13 +169,17 @@ class SpanBuilder:
                     attributes=attributes,
                     status=_status(record),
                 )
-            spans += [span, *self._generation(record, attempt, span, starts)]
+            spans.append(span)
+            if attempt.output_tokens or number == len(record.attempts):  # a hedge runs beside what others did
+                spans += self._generation(record, attempt, span, starts)
         return spans
 
     def _failed_attempt(self, attempt: Attempt, root: ReadableSpan, begin_ns: int, finish_ns: int) -> ReadableSpan:
         attributes: dict[str, Any] = {"tidegate.worker": attempt.worker, "error.type": attempt.error or "unknown"}
         if attempt.output_tokens:
             attributes["tidegate.output_tokens"] = attempt.output_tokens
+        if attempt.is_hedge:
+            attributes["tidegate.hedge"] = True
         status = Status(StatusCode.ERROR, attempt.error)
         return self._child(
             "attempt", root, begin_ns, finish_ns, kind=SpanKind.CLIENT, attributes=attributes, status=status
@@ -297,7 +301,7 @@ def _root_attributes(record: RequestRecord) -> dict[str, Any]:
     }
 
 
-def _generation_attributes(record: RequestRecord) -> dict[str, Any]:
+def _generation_attributes(record: RequestRecord, attempt: Attempt) -> dict[str, Any]:
     return {
         "gen_ai.operation.name": "chat" if "chat" in record.endpoint else "text_completion",
         "gen_ai.provider.name": "tidegate.sim" if record.is_simulated else "vllm",
@@ -310,6 +314,7 @@ def _generation_attributes(record: RequestRecord) -> dict[str, Any]:
         "gen_ai.usage.cache_read.input_tokens": record.cached_tokens,
         "server.address": record.worker,
         "tidegate.worker": record.worker,
+        "tidegate.hedge": attempt.is_hedge or None,
         "error.type": record.error_code if record.outcome is not Outcome.FINISHED else None,
     }
 

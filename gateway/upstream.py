@@ -61,5 +61,8 @@ class Upstream(Protocol):
         are appended. None keeps none.
         """
 
+    def redirect(self, slot: int, sink: Sink, token_ids: list[int] | None = None) -> None:
+        """Another sink hears the slot from here on, and other token ids are kept. Ignored where its end has come."""
+
     def cancel(self, slot: int) -> None:
         """Ask the worker to stop; the sink still hears how it ended. Unknown slots are ignored: the end came first."""

@@ -16,7 +16,7 @@ PHASES = (
     "admit",  # validation and admission
     "queue",  # waiting in the gateway for a worker
     "route",  # choosing the worker
-    "retry",  # attempts that failed before their first token, and the waits between them
+    "retry",  # attempts that failed before their first token, or lost to a hedge, and the waits between them
     "dispatch",  # gateway to worker
     "engine_input",  # template, tokenizing, hand-over to the engine
     "engine_queue",  # waiting inside the engine
@@ -69,6 +69,8 @@ class Attempt(msgspec.Struct, frozen=True, omit_defaults=True):
     error: str | None = None
     output_tokens: int = 0
     """Tokens that came from it; where an attempt after the first has some, it went on from those before."""
+    is_hedge: bool = False
+    """It ran beside another attempt until the first token of either; the one that lost has the error "hedged"."""
 
 
 class RequestRecord(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):

@@ -218,13 +218,18 @@ class FakeUpstream:
         self.submitted: list[dict[str, Any]] = []
         self.cancelled: list[int] = []
         self._slots = 0
-        self._started: set[int] = set()
+        self._first_ns: dict[int, int] = {}
 
     def submit(self, sink: Any, **request: Any) -> int:
         self._slots += 1
         self.sinks[self._slots] = sink
         self.submitted.append({**request, "resumed": list(request["token_ids"] or ())})
         return self._slots
+
+    def redirect(self, slot: int, sink: Any, token_ids: list[int] | None = None) -> None:
+        if slot in self.sinks:
+            self.sinks[slot] = sink
+            self.submitted[slot - 1]["token_ids"] = token_ids
 
     def cancel(self, slot: int) -> None:
         if slot in self.sinks:
@@ -239,11 +244,11 @@ class FakeUpstream:
 
     def token(self, slot: int = 1, text: str = "word ", choice: int = 0) -> None:
         now_ns = LoopClock().mono_ns()
-        sink = self.sinks[slot]
-        if slot not in self._started:
-            self._started.add(slot)
-            sink.started(Started(slot, 7, 2, Stamps(now_ns - 4, now_ns - 3, now_ns - 2, now_ns, now_ns)), 0)
-        sink.delta(text, 1, choice, None, now_ns)
+        if slot not in self._first_ns:
+            self._first_ns[slot] = now_ns
+            stamps = Stamps(now_ns - 4, now_ns - 3, now_ns - 2, now_ns, now_ns)
+            self.sinks[slot].started(Started(slot, 7, 2, stamps), 0)
+        self.sinks[slot].delta(text, 1, choice, None, now_ns)
         token_ids = self.submitted[slot - 1]["token_ids"]
         if token_ids is not None:
             token_ids.append(len(token_ids) + 1)
@@ -252,7 +257,7 @@ class FakeUpstream:
         sink = self.sinks.pop(slot, None)
         if sink is None:
             return
-        first_ns = sink.timeline.first_token_ns
+        first_ns = self._first_ns.get(slot)
         now_ns = LoopClock().mono_ns()
         stamps = Stamps(first_ns - 4, first_ns - 3, first_ns - 2, first_ns, now_ns) if first_ns else Stamps(now_ns)
         sink.finished(
