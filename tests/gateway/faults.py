@@ -172,10 +172,11 @@ def _fault(answer: bytes, text: str, *, is_stream: bool) -> str:
     if not is_stream:
         choices = json.loads(body)["choices"]
         return "" if [choice["text"] for choice in choices] == [text] else f"another text: {choices!r}"
-    return _stream_fault(body, text)
+    return stream_fault(body, text)
 
 
-def _stream_fault(body: bytes, text: str) -> str:
+def stream_fault(body: bytes, text: str) -> str:
+    """What is wrong with a stream's body."""
     *events, rest = dechunk(body).split(b"\n\n")
     if rest or not events or events[-1] != b"data: [DONE]":
         return f"no end: {events[-1:]!r}"

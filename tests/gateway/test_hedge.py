@@ -446,6 +446,14 @@ async def test_hedging_is_off_by_default() -> None:
 
 
 @in_virtual_time
+async def test_tenants_that_are_read_again_hedge_from_their_next_request_on() -> None:
+    async with gateway(workers=2) as g:
+        assert not await is_hedged(g)
+        g.pipeline.tenants = HEDGING
+        assert await is_hedged(g)
+
+
+@in_virtual_time
 async def test_single_worker_has_no_hedge() -> None:
     async with gateway(tenants=HEDGING) as g:
         assert not await is_hedged(g)

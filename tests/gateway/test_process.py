@@ -468,6 +468,10 @@ def test_unknown_config_key_is_one_line_that_names_its_neighbour(
         ("[gateway.limits]\ntotal_s = -1", "total_s"),
         ("[gateway.capture]\nlevel = 'most'", "level"),
         ("[gateway.tracing]\nkeep_ratio = 2", "keep_ratio"),
+        ("[gateway.tenants.acme]\nhedge_after_ms = 0", "hedge_after_ms"),
+        ("[gateway.tenants.acme]\nhedge_after_ms = -1", "hedge_after_ms"),
+        ("[gateway.tenants.acme]\nhedge_after_ms = 60_001", "hedge_after_ms"),
+        ("[gateway.tenants.acme]\nhedge_after_ms = 0.5", "hedge_after_ms"),
     ],
 )
 def test_wrong_config_value_is_one_line_that_names_the_key(

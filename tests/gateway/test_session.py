@@ -13,7 +13,7 @@ import pytest
 from gateway import session as session_module
 from gateway.session import WorkerSession
 from protos.core.clock import SYSTEM_CLOCK
-from protos.core.contract import PROTOCOL, Deltas, Load, Sampling, Submit, TextPrompt, Welcome
+from protos.core.contract import PROTOCOL, Deltas, Load, Sampling, Started, Submit, TextPrompt, Welcome
 from protos.core.errors import ProtocolMismatch
 from tests.gateway.fakes import FakeSink, ScriptedSession, ScriptedWorker, scripted_worker
 
@@ -115,6 +115,32 @@ async def test_many_requests_share_one_session() -> None:
         assert all(sink.ends == ["finished"] for sink in sinks)
         assert session.open_slots == 0
         assert len(worker.sessions) == 1
+
+
+async def test_slot_is_heard_by_whom_it_was_redirected_to() -> None:
+    """From the middle of a frame on; what is kept of its tokens is the new one's."""
+
+    async def say_words(session: ScriptedSession, it: Submit) -> None:
+        await session.start(it.slot, "a", "b")
+        await session.finish(it.slot)
+
+    class Handing(FakeSink):
+        def started(self, event: Started, offset_ns: int) -> None:
+            super().started(event, offset_ns)
+            session.redirect(event.slot, second, kept)
+
+    async with scripted_worker(say_words) as worker, connected(worker.address) as (session, listener, _):
+        await listener.until("ready")
+        first, second = Handing(), FakeSink()
+        dropped: list[int] = []
+        kept: list[int] = []
+        slot = submit(session, first, token_ids=dropped)
+        await asyncio.wait_for(second.ended.wait(), 10)
+        assert [name for name, _ in first.heard] == ["accepted", "started"]
+        assert (second.text, second.ends) == ("ab", ["finished"])
+        assert (dropped, len(kept)) == ([], 2)
+        session.redirect(slot, first, dropped)
+        assert session.open_slots == 0, "its end has come"
 
 
 async def test_token_ids_are_kept_where_they_are_asked_for() -> None:

@@ -230,6 +230,20 @@ def test_resumed_answer_is_generated_by_each_of_its_workers() -> None:
     assert spans[2].attributes["tidegate.output_tokens"] == 12
 
 
+@pytest.mark.parametrize("is_won", [True, False])
+def test_what_a_hedge_ran_beside_is_not_told_of_it(is_won: bool) -> None:
+    """The phases are the winner's; the spans of both attempts overlap."""
+    phases = Phases(receive=1000, dispatch=1000, prefill=10_000, decode=80_000, deliver=2000)
+    loser = Attempt("w1", 1000, 12_000, "hedged", is_hedge=not is_won)
+    attempts = (loser, Attempt("w2", 1000, 94_000, None, 5, is_hedge=is_won))
+    spans = SpanBuilder("g", "0").build(record(phases=phases, total_ns=94_000, attempts=attempts, worker="w2"))
+    generated = [span for span in spans if span.name == "generate"]
+    assert [span.resource.attributes["service.instance.id"] for span in generated] == ["w2"]
+    tries = [span.attributes or {} for span in spans if span.name == "attempt"]
+    assert [it.get("error.type") for it in tries] == ["hedged", None]
+    assert [it.get("tidegate.hedge", False) for it in tries] == [not is_won, is_won]
+
+
 def test_collector_that_is_down_costs_nothing_but_traces() -> None:
     traces = writer("http://127.0.0.1:9", timeout=0.5)
     started = time.monotonic()

@@ -346,6 +346,17 @@ def test_attempts_after_the_first_are_counted_and_those_that_went_on() -> None:
     assert found["tidegate_resumes_total model=tide-1"] == 1
 
 
+def test_hedges_are_counted_apart_from_retries() -> None:
+    metrics = Metrics()
+    lost, won = Attempt("b", 1, 2, "hedged", is_hedge=True), Attempt("b", 1, 2, None, 5, is_hedge=True)
+    metrics.observe(record(attempts=(lost, Attempt("a", 0, 2, None, 5))))
+    metrics.observe(record(attempts=(Attempt("a", 0, 2, "hedged"), won)))
+    found = samples(metrics)
+    assert found["tidegate_hedges_total model=tide-1"] == 2
+    assert found["tidegate_hedges_won_total model=tide-1"] == 1
+    assert found["tidegate_retries_total model=tide-1"] == 0
+
+
 def test_one_token_has_no_time_per_token() -> None:
     metrics = Metrics()
     metrics.observe(record(first_token_at_ns=5, last_token_at_ns=5, output_tokens=1))
