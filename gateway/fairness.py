@@ -38,7 +38,7 @@ class ServiceCounters:
         self._input_weight = input_weight
         self._output_weight = output_weight
         self._tenants: dict[str, _Tenant] = {}
-        self._waiting = LeastServed(self)
+        self._waiting = LeastServed(self._tenants)
         self._rings: list[LeastServed] = [self._waiting]
         self._level = 0.0
         """The most that the least served of the waiting tenants ever had; the last one to leave, where nobody waits. It
@@ -46,7 +46,7 @@ class ServiceCounters:
 
     def ring(self) -> LeastServed:
         """A new set of tenants in the order in which they are owed service."""
-        ring = LeastServed(self)
+        ring = LeastServed(self._tenants)
         self._rings.append(ring)
         return ring
 
@@ -58,10 +58,9 @@ class ServiceCounters:
     def level(self, tenant: str) -> float:
         """Where the counter would be if one more request of the tenant came: a tenant that is back is lifted."""
         known = self._tenants.get(tenant)
-        counter = known.counter if known is not None else 0.0
         if known is not None and known.waiting:
-            return counter
-        return max(counter, self._present_level() - CREDIT)
+            return known.counter
+        return max(known.counter if known is not None else 0.0, self._present_level() - CREDIT)
 
     def is_owed(self, tenant: str, input_tokens: int, output_tokens: int) -> bool:
         """Would the tenant, with one more request served, still be behind where the others stood when it came back?"""
@@ -72,12 +71,15 @@ class ServiceCounters:
 
     def arrive(self, tenant: str, weight: float) -> None:
         """One more request of the tenant waits."""
-        known = self._tenants.setdefault(tenant, _Tenant())
+        known = self._tenants.get(tenant)
+        if known is None:
+            known = self._tenants[tenant] = _Tenant()
         known.weight = weight
         if not known.waiting:
-            known.counter, known.mark = self.level(tenant), self._present_level()
+            known.mark = self._present_level()
+            known.counter = max(known.counter, known.mark - CREDIT)
+            self._waiting.add(tenant)
         known.waiting += 1
-        self._waiting.add(tenant)
 
     def leave(self, tenant: str) -> None:
         """One request of the tenant waits no more, whatever became of it."""
@@ -92,7 +94,7 @@ class ServiceCounters:
     def _present_level(self) -> float:
         least = self._waiting.least()
         if least is not None:
-            self._level = max(self._level, self.counter(least))
+            self._level = max(self._level, self._tenants[least].counter)
         return self._level
 
     def price(self, input_tokens: int, output_tokens: int) -> float:
@@ -102,7 +104,7 @@ class ServiceCounters:
     def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """Add served tokens; negative numbers give back what was predicted and not used."""
         known = self._tenants[tenant]
-        served = self.price(input_tokens, output_tokens)
+        served = self._input_weight * input_tokens + self._output_weight * output_tokens
         known.counter += served / known.weight
         if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
@@ -116,8 +118,9 @@ class LeastServed:
     When a counter falls, a new entry is pushed and the old one is dropped when it surfaces.
     """
 
-    def __init__(self, counters: ServiceCounters) -> None:
-        self._counters = counters
+    def __init__(self, tenants: dict[str, _Tenant]) -> None:
+        """`tenants` are all that are known."""
+        self._tenants = tenants
         self._entries: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
 
@@ -144,12 +147,12 @@ class LeastServed:
             if self._entries.get(tenant) != entry:
                 heapq.heappop(heap)
                 continue
-            if (counter := self._counters.counter(tenant)) == entry:
+            if (counter := self._tenants[tenant].counter) == entry:
                 return tenant
             self._entries[tenant] = counter
             heapq.heapreplace(heap, (counter, tenant))
         return None
 
     def _push(self, tenant: str) -> None:
-        counter = self._entries[tenant] = self._counters.counter(tenant)
+        counter = self._entries[tenant] = self._tenants[tenant].counter
         heapq.heappush(self._heap, (counter, tenant))

@@ -25,7 +25,9 @@ class StepFit:
     def __init__(self, forgetting: float = FORGETTING) -> None:
         self._forgetting = forgetting
         self._sums: tuple[float, ...] = (0.0,) * 9
-        self._plane = (0.0, 0.0, 0.0)
+        self._base = self._each = 0.0
+        self.slope = 0.0
+        """What one more prompt token adds; 0 while all x were the same."""
         self._steps = 0
         self.most_x = 0.0
         self._most_n = 0.0
@@ -40,19 +42,13 @@ class StepFit:
         self._sums = tuple([keep * total + term for total, term in zip(self._sums, terms, strict=True)])
         self.most_x, self._most_n = max(self.most_x, x), max(self._most_n, n)
         self._least_y, self._most_y = min(self._least_y, y), max(self._most_y, y)
-        self._plane = self._solve()
-
-    @property
-    def slope(self) -> float:
-        """What one more prompt token adds; 0 while all x were the same."""
-        return self._plane[1]
+        self._base, self.slope, self._each = self._solve()
 
     def predict(self, x: float, n: float) -> float:
         """0 before the first step."""
         if not self._steps:
             return 0.0
-        base, slope, each = self._plane
-        y = base + slope * min(x, self.most_x) + each * min(n, self._most_n)
+        y = self._base + self.slope * min(x, self.most_x) + self._each * min(n, self._most_n)
         return min(self._most_y, max(self._least_y, y))
 
     def _solve(self) -> tuple[float, float, float]:

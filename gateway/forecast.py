@@ -167,12 +167,12 @@ class EngineForecast:
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
-        return self.prompt_ns(self.unstarted_tokens)
+        return self._fit.slope * self.unstarted_tokens
 
     def next_ns(self, tokens: int) -> float:
         """By how much the next step would be longer for one prompt more than those that it computes already."""
         ahead = self.unstarted_tokens - self._joined_tokens
-        return self.prompt_ns(ahead + tokens) if ahead else 0.0
+        return self._fit.slope * (ahead + tokens) if ahead else 0.0
 
     @property
     def is_known(self) -> bool:
@@ -232,10 +232,9 @@ class EngineForecast:
         own_ns = (steps - 1) * self.step_ns() + self._fit.predict(ahead, self._running) + beyond_ns
         return max(LEAST_NS, int(left_ns + own_ns))
 
-    def expected_ns(self, tokens: int, now_ns: int) -> int | None:
+    def corrected_ns(self, raw_ns: int) -> int:
         """The same, corrected by what came of earlier ones."""
-        raw_ns = self.raw_ns(tokens, now_ns)
-        return None if raw_ns is None else int(raw_ns * self._ratios.quantile(0.5))
+        return int(raw_ns * self._ratios.quantile(0.5))
 
     def learn(self, raw_ns: int, actual_ns: int) -> None:
         """A first token came `actual_ns` after a hand-over for which `raw_ns` was predicted."""

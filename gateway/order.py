@@ -82,6 +82,8 @@ class FairQueue:
     def __init__(self, counters: ServiceCounters) -> None:
         self._counters = counters
         self._bands: dict[int, _Band] = {}
+        self._ranked: list[_Band] = []
+        """The same, the top one first."""
         self._waiting: dict[int, _Waiting] = {}
         self._ages: list[tuple[int, int]] = []
 
@@ -111,8 +113,10 @@ class FairQueue:
 
     def head(self) -> Ticket | None:
         """The request that is next."""
-        first = min((number for number, band in self._bands.items() if band.lines), default=None)
-        return None if first is None else self._bands[first].head()
+        for band in self._ranked:
+            if band.lines:
+                return band.head()
+        return None
 
     def age(self, now_ns: int) -> None:
         """Lift what has waited long."""
@@ -164,6 +168,7 @@ class FairQueue:
     def _band(self, number: int) -> _Band:
         if number not in self._bands:
             self._bands[number] = _Band(number, self._counters.ring(), self._waiting)
+            self._ranked = [self._bands[number] for number in sorted(self._bands)]
         return self._bands[number]
 
 

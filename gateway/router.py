@@ -67,9 +67,10 @@ class Worker(msgspec.Struct, kw_only=True):
 
     def room(self, ledger: Ledger) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""
-        if not self.is_open:
+        if self.is_draining or self.is_leaving:
             return 0
-        return max(0, self.limit.value - ledger.sequences_on(self.name))
+        left = self.limit.value - ledger.sequences_on(self.name)
+        return left if left > 0 else 0
 
     def weight(self, now_ns: int) -> float:
         """Rises to 1 while a new worker's caches fill."""
@@ -119,14 +120,15 @@ def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: in
     return chosen
 
 
-def trusted(workers: Sequence[Worker], now_ns: int) -> Sequence[Worker]:
-    """Without those whose breaker is open, as far as there may be so many at once; never without the last one."""
-    ejected = [worker for worker in workers if not worker.breaker.allows(now_ns)]
+def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
+    """Those whose breaker is open, as far as there may be so many at once; never the last one.
+
+    `workers` are all that serve a model: a full one counts, so that nobody is sent to a broken one instead.
+    """
+    ejected = [worker.name for worker in workers if not worker.breaker.allows(now_ns)]
     if not ejected:
-        return workers
-    most = min(max(1, len(workers) // EJECTED_SHARE), len(workers) - 1)
-    left_out = {worker.name for worker in ejected[:most]}
-    return [worker for worker in workers if worker.name not in left_out]
+        return set()
+    return set(ejected[: min(max(1, len(workers) // EJECTED_SHARE), len(workers) - 1)])
 
 
 def _distance(ticket: Ticket, worker: Worker) -> int:

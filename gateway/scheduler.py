@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import collections
 import heapq
-from collections.abc import Sequence
 
 import msgspec
 
@@ -108,8 +107,8 @@ class Scheduler:
         self._deadlines: list[tuple[int, int]] = []
         self._running: dict[int, Running] = {}
         self._forecasts: dict[str, QueueForecast] = {}
-        self._models: collections.Counter[str] = collections.Counter()
-        """Workers that serve each model, without those that are to leave."""
+        self._serving: dict[str, list[Worker]] = {}
+        """Who serves each model that was ever served, without those that are to leave."""
         self._memories: dict[str, Memory] = {}
         self._last_tenant: str | None = None
         self._company_ns = -COMPANY_NS
@@ -147,7 +146,7 @@ class Scheduler:
 
     def _queued_ns(self, model: str, tokens: int, ahead: Work, now_ns: int) -> int | None:
         """Time to first token of one that waits, where it would be soonest; each worker has a share of the others."""
-        workers = [worker for worker in self._workers.values() if model in worker.model.names and worker.is_open]
+        workers = [worker for worker in self._serving.get(model, ()) if worker.is_open]
         slots = sum(worker.model.max_sequences for worker in workers)
         known_ns = []
         for worker in workers:
@@ -159,9 +158,8 @@ class Scheduler:
 
     def _engine_ns(self, model: str, tokens: int, now_ns: int) -> int | None:
         """Time to first token on the worker that would be soonest."""
-        forecasts = [worker.forecast for worker in self._workers.values() if model in worker.model.names]
-        known_ns = [ns for forecast in forecasts if (ns := forecast.raw_ns(tokens, now_ns)) is not None]
-        return min(known_ns, default=None)
+        raw_ns = [worker.forecast.raw_ns(tokens, now_ns) for worker in self._serving.get(model, ())]
+        return min((ns for ns in raw_ns if ns is not None), default=None)
 
     def _history(self, model: str) -> QueueForecast:
         history = self._forecasts.get(model)
@@ -171,13 +169,13 @@ class Scheduler:
 
     def _is_open(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> bool:
         """Would a request be placed now if nobody waited?"""
+        if is_urgent:
+            return self._has_room(model)
         has_company, is_yielding = self._has_company(now_ns), self._is_yielding(band, now_ns)
-        return any(
-            model in worker.model.names
-            and worker.room(self.ledger) > 0
-            and (is_urgent or self._may_take(worker, tokens, has_company, is_yielding))
-            for worker in self._workers.values()
-        )
+        return any(self._may_take(worker, tokens, has_company, is_yielding) for worker in self._serving.get(model, ()))
+
+    def _has_room(self, model: str) -> bool:
+        return any(worker.room(self.ledger) for worker in self._serving.get(model, ()))
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
@@ -248,28 +246,37 @@ class Scheduler:
             model = turns.popleft()
             queue = self._queues[model]
             queue.age(now_ns)
-            ticket = queue.head()
+            ticket = queue.head() if self._has_room(model) else None
             if ticket is None:
                 continue
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
             is_yielding = self._is_yielding(ticket.band, now_ns)
-            takers = (
+            takers = [
                 worker
-                for worker in self._trusted(model, now_ns)
+                for worker in self._serving[model]
                 if is_urgent or self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
-            )
-            route = self.choose(takers, self.ledger, ticket, now_ns)
+            ]
+            route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
                 continue
-            turns.append(model)
-            if self._is_too_late(ticket, route, now_ns):
+            if len(queue) > 1:
+                turns.append(model)
+            raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
+            if self._is_too_late(ticket, route.worker, raw_ns, now_ns):
                 self.leave(ticket.request)
                 self._learn_end(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
-            decided.placed.append(self._bind(ticket, route, now_ns, is_yielding=is_yielding))
+            decided.placed.append(self._bind(ticket, route, raw_ns, now_ns, is_yielding=is_yielding))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
+
+    def _route(self, ticket: Ticket, takers: list[Worker], now_ns: int) -> Route | None:
+        """Where it goes, of who may take it; whether one is to be left alone is a question about all of them."""
+        left_out = router.left_out(self._serving[ticket.model], now_ns)
+        if left_out:
+            takers = [worker for worker in takers if worker.name not in left_out]
+        return self.choose(takers, self.ledger, ticket, now_ns)
 
     def place_beside(self, ticket: Ticket, now_ns: int) -> Placement | None:
         """Bind a hedge, under a number of its own, to a worker not tried and not in doubt that has room for anybody.
@@ -281,19 +288,16 @@ class Scheduler:
         has_company, is_yielding = self._has_company(now_ns), self._is_yielding(ticket.band, now_ns)
         takers = (
             worker
-            for worker in self._workers.values()
-            if ticket.model in worker.model.names
-            and worker.name not in ticket.avoid
+            for worker in self._serving.get(ticket.model, ())
+            if worker.name not in ticket.avoid
             and worker.breaker.state(now_ns) == "closed"
             and self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
         )
         route = self.choose(takers, self.ledger, ticket, now_ns)
-        return None if route is None else self._bind(ticket, route, now_ns, is_yielding=is_yielding)
-
-    def _trusted(self, model: str, now_ns: int) -> Sequence[Worker]:
-        """Who serves the model; full workers are among them, so that nobody is sent to a broken one instead."""
-        serving = [w for w in self._workers.values() if model in w.model.names and not w.is_leaving]
-        return router.trusted(serving, now_ns)
+        if route is None:
+            return None
+        raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
+        return self._bind(ticket, route, raw_ns, now_ns, is_yielding=is_yielding)
 
     def _note_company(self, ticket: Ticket) -> None:
         if ticket.is_paid:
@@ -327,15 +331,13 @@ class Scheduler:
         kept = worker.limit.value // KEPT_SHARE if has_company else 0
         return worker.room(self.ledger) > kept and worker.may_start(tokens)
 
-    def _is_too_late(self, ticket: Ticket, route: Route, now_ns: int) -> bool:
+    def _is_too_late(self, ticket: Ticket, worker: Worker, raw_ns: int | None, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
-        worker = route.worker
-        if not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
+        if raw_ns is None or not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
             return False
-        engine_ns = worker.forecast.expected_ns(ticket.input_tokens - route.cached_tokens, now_ns)
-        return engine_ns is not None and now_ns + engine_ns > ticket.deadline_ns
+        return now_ns + worker.forecast.corrected_ns(raw_ns) > ticket.deadline_ns
 
-    def _bind(self, ticket: Ticket, route: Route, now_ns: int, *, is_yielding: bool) -> Placement:
+    def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, now_ns: int, *, is_yielding: bool) -> Placement:
         worker = route.worker
         worker.breaker.began(now_ns)
         worker.prefixes.use(ticket.blocks)
@@ -343,7 +345,6 @@ class Scheduler:
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
         self._history(ticket.model).placed(now_ns, others_wait=others_wait)
-        raw_ns = worker.forecast.raw_ns(own_tokens, now_ns)
         worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
@@ -417,13 +418,12 @@ class Scheduler:
             forecast=EngineForecast(model.max_batch_tokens),
             pace=Pace(self._token_target_ns),
         )
-        self._models.update(model.names)
+        self._note_serving()
 
     def worker_left(self, name: str) -> Worker:
         """Its leases stay until each of its requests is released."""
         worker = self._workers.pop(name)
-        if not worker.is_leaving:
-            self._models.subtract(worker.model.names)
+        self._note_serving()
         return worker
 
     def worker_forgotten(self, name: str) -> None:
@@ -433,10 +433,15 @@ class Scheduler:
 
     def worker_leaving(self, name: str, is_leaving: bool) -> None:
         """Whether the gateway is to send it no more requests; what runs on it goes on."""
-        worker = self._workers[name]
-        if worker.is_leaving != is_leaving:
-            worker.is_leaving = is_leaving
-            (self._models.subtract if is_leaving else self._models.update)(worker.model.names)
+        self._workers[name].is_leaving = is_leaving
+        self._note_serving()
+
+    def _note_serving(self) -> None:
+        for serving in self._serving.values():
+            serving.clear()
+        for worker in self._workers.values():
+            for model in worker.model.names if not worker.is_leaving else ():
+                self._serving.setdefault(model, []).append(worker)
 
     def worker_reported(self, name: str, load: Load, is_draining: bool) -> None:
         worker = self._workers[name]
@@ -469,7 +474,7 @@ class Scheduler:
         return list(self._workers.values())
 
     def is_served(self, model: str) -> bool:
-        return self._models[model] > 0
+        return bool(self._serving.get(model))
 
     def unserved(self) -> list[int]:
         """Queued requests whose model no worker serves any more."""
@@ -477,7 +482,7 @@ class Scheduler:
 
     def was_served(self, model: str) -> bool:
         """A worker that is gone now had it: the model is not unknown, only unavailable."""
-        return model in self._models
+        return model in self._serving
 
     def context_tokens(self, model: str) -> int | None:
         """The longest context of the workers that serve the model."""
