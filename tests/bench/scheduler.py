@@ -5,6 +5,8 @@ Each is made on a first scheduler, unmeasured, with what it called written down;
 second one, which has to answer the same. So neither the drawing nor the checks are in the time, and all that the
 decider does is.
 
+The mass cancel is timed in the decider, and again through a whole gateway: see `tests.bench.mass_cancel`.
+
     python -m tests.bench.scheduler [--operations 1000000]
 """
 
@@ -28,6 +30,7 @@ from gateway.scheduler import Scheduler
 from protos.core.contract import Load
 from tests.bench import report
 from tests.bench.machine import facts
+from tests.bench.mass_cancel import MassCancel, cancel_all
 from tests.gateway.fakes import model_info
 from tests.virtual.traffic import TOKEN_TARGET_NS, Traffic
 
@@ -45,13 +48,14 @@ INPUT_TOKENS = 500
 STEP_NS = 1_000_000
 
 
-class Results(msgspec.Struct):
+class Results(msgspec.Struct, kw_only=True):
     operations: dict[str, int]
     calls: int
     operations_per_s: float
     ended: dict[str, int]
     cancel_ms: float
     request_us: float
+    through_gateway: MassCancel
 
 
 class Recording:
@@ -185,11 +189,22 @@ def main() -> int:
     print_run(run)
     traffic = run.traffic
     results = Results(
-        dict(traffic.operations), run.calls, run.operations_per_s, dict(traffic.ended), mass_cancel_ms(), request_us()
+        operations=dict(traffic.operations),
+        calls=run.calls,
+        operations_per_s=run.operations_per_s,
+        ended=dict(traffic.ended),
+        cancel_ms=mass_cancel_ms(),
+        request_us=request_us(),
+        through_gateway=cancel_all(QUEUED),
     )
     report.print_verdict("random operations per second", results.operations_per_s, RATE_FLOOR, at_most=False)
     report.print_verdict(
         f"cancel of {QUEUED:,} queued requests, ms", results.cancel_ms, CANCEL_CEILING_MS, at_most=True
+    )
+    cancel = results.through_gateway
+    report.console.print(
+        f"cancel of {cancel.requests:,} queued requests through the gateway: nothing held {cancel.empty_ms:.0f} ms "
+        f"after the first socket closed, the last one closed after {cancel.closing_ms:.0f} ms; {cancel.cpu_ms:.0f} ms of CPU"
     )
     report.console.print(f"scheduler work per request: {results.request_us:.1f} us")
     report.console.print(f"written to {report.write('scheduler', results)}")
