@@ -204,7 +204,8 @@ def main() -> int:
     cancel = results.through_gateway
     report.console.print(
         f"cancel of {cancel.requests:,} queued requests through the gateway: nothing held {cancel.empty_ms:.0f} ms "
-        f"after the first socket closed, the last one closed after {cancel.closing_ms:.0f} ms; {cancel.cpu_ms:.0f} ms of CPU"
+        f"after the first socket closed, {cancel.empty_ms - cancel.closing_ms:.0f} ms after the last one; "
+        f"{cancel.cpu_ms:.0f} ms of CPU"
     )
     report.console.print(f"scheduler work per request: {results.request_us:.1f} us")
     report.console.print(f"written to {report.write('scheduler', results)}")
