@@ -26,7 +26,11 @@ def resolve_model(call: Call, scheduler: Scheduler) -> str | RequestError:
         return model
     if scheduler.was_served(model) or not scheduler.workers:
         return no_worker()
-    return UnknownModel(f"model: '{model}' is not served here; see /v1/models", param="model")
+    return unknown_model(model)
+
+
+def unknown_model(name: str) -> UnknownModel:
+    return UnknownModel(f"model: '{name}' is not served here; see /v1/models", param="model")
 
 
 def check_lengths(call: Call, model: str, scheduler: Scheduler, limits: Limits) -> RequestError | None:

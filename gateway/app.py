@@ -6,12 +6,14 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
-from litestar import Litestar, MediaType, Request, Response, get
+from litestar import HttpMethod, Litestar, MediaType, Request, Response, route
 from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFoundException
 from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler, asgi
+from litestar.params import FromPath
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from prometheus_client.registry import CollectorRegistry
 
+from gateway.admission import unknown_model
 from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render_error
 from gateway.calls import parse_chat, parse_completion, parse_generate
 from gateway.fleet import Fleet
@@ -22,7 +24,7 @@ from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
 from protos.core.clock import SYSTEM_CLOCK
-from protos.core.errors import InvalidRequest, RequestError, Unavailable
+from protos.core.errors import InvalidRequest, RequestError
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -50,16 +52,24 @@ class Bug(RequestError):
 def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, limits: Limits) -> Litestar:
     """OpenAI's API, /generate, and the probes."""
 
-    @get("/v1/models", sync_to_thread=False)
+    @_get("/v1/models")
     def models() -> dict[str, Any]:
-        return {"object": "list", "data": _models(scheduler, fleet)}
+        return {"object": "list", "data": list(_models(scheduler).values())}
+
+    @_get("/v1/models/{model:path}")
+    def model(model: FromPath[str]) -> dict[str, Any]:
+        name = model.removeprefix("/")
+        entry = _models(scheduler).get(name)
+        if entry is None:
+            raise unknown_model(name)
+        return entry
 
     def document() -> bytes:
         return public_document(limits, pipeline.tenants.bands)
 
     document()  # made before there is traffic that would wait for it
     inference = [_inference(pipeline, endpoint) for endpoint in ENDPOINTS]
-    return _app([*inference, models, *_probes(pipeline, fleet), _published(document)])
+    return _app([*inference, models, model, *_probes(pipeline, fleet), _published(document)])
 
 
 def operator_app(
@@ -67,12 +77,12 @@ def operator_app(
 ) -> Litestar:
     """Metrics, state, workers and the probes."""
 
-    @get("/metrics", sync_to_thread=False)
+    @_get("/metrics")
     def metrics() -> Response[bytes]:
         recorder.flush()
         return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
 
-    @get("/admin/state", sync_to_thread=False)
+    @_get("/admin/state")
     def state() -> dict[str, Any]:
         return _state(pipeline, fleet, scheduler, recorder)
 
@@ -90,8 +100,13 @@ def _app(handlers: list[Any]) -> Litestar:
     )
 
 
+def _get(path: str) -> Callable[[Callable[..., Any]], HTTPRouteHandler]:
+    """A route that answers HEAD as well, as probes of load balancers ask."""
+    return route(path, http_method=[HttpMethod.GET, HttpMethod.HEAD], status_code=200, sync_to_thread=False)
+
+
 def _published(document: Callable[[], bytes]) -> HTTPRouteHandler:
-    @get("/openapi.json", sync_to_thread=False)
+    @_get("/openapi.json")
     def openapi() -> Response[bytes]:
         return Response(document(), media_type=MediaType.JSON)
 
@@ -111,11 +126,11 @@ def _inference(pipeline: Pipeline, endpoint: Endpoint) -> ASGIRouteHandler:
 
 
 def _probes(pipeline: Pipeline, fleet: Fleet) -> list[Any]:
-    @get("/health", sync_to_thread=False)
+    @_get("/health")
     def health() -> dict[str, str]:
         return {"status": "ok"}
 
-    @get("/ready", sync_to_thread=False)
+    @_get("/ready")
     def ready() -> Response[dict[str, str]]:
         if pipeline.is_draining:
             return Response({"status": "draining"}, status_code=503)
@@ -126,7 +141,8 @@ def _probes(pipeline: Pipeline, fleet: Fleet) -> list[Any]:
     return [health, ready]
 
 
-def _models(scheduler: Scheduler, fleet: Fleet) -> list[dict[str, Any]]:
+def _models(scheduler: Scheduler) -> dict[str, dict[str, Any]]:
+    """By name."""
     entries: dict[str, dict[str, Any]] = {}
     for worker in scheduler.workers:
         model = worker.model
@@ -149,7 +165,7 @@ def _models(scheduler: Scheduler, fleet: Fleet) -> list[dict[str, Any]]:
                 },
             )
             entry["tidegate"]["workers"] += 1
-    return list(entries.values())
+    return entries
 
 
 def _state(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, recorder: Recorder) -> dict[str, Any]:
@@ -183,7 +199,7 @@ def _explain_http(request: Request[Any, Any, Any], error: HTTPException) -> Resp
 
 
 def _explain_bug(request: Request[Any, Any, Any], error: Exception) -> Response[bytes]:
-    if isinstance(error, Unavailable | InvalidRequest):
+    if isinstance(error, RequestError):
         return _refuse(error)
     log.error("bug while answering %s", request.scope["path"], exc_info=error)
     return _refuse(Bug("internal error"))

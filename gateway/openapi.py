@@ -72,7 +72,10 @@ REASONS: dict[type[RequestError], tuple[str, ...]] = {
 }
 """Values of `x-tidegate-reject-reason`."""
 
-EVERYWHERE = "On every path: 400 for what is no HTTP, 404, 405, 408 for a head that is slow, 431 for one that is large."
+EVERYWHERE = (
+    "HEAD answers as GET does, without the body. "
+    "On every path: 400 for what is no HTTP, 404, 405, 408 for a head that is slow, 431 for one that is large."
+)
 
 TEXT: Json = {"type": "string"}
 NAME: Json = {"type": "string", "pattern": NAME_PATTERN}
@@ -124,6 +127,12 @@ PUBLIC = (
     _inference("/v1/completions", "Continue a prompt.", CompletionBody, shapes.Completion, shapes.Completion),
     _inference("/generate", "Continue a prompt, in the smallest form.", GenerateBody, shapes.Generated),
     Operation(path="/v1/models", summary="The models that are served now.", answers={200: shapes.ModelList}),
+    Operation(
+        path="/v1/models/{model}",
+        summary="One of them.",
+        answers={200: shapes.Model},
+        refusals=(UnknownModel,),
+    ),
     *PROBES,
 )
 OPERATOR = (

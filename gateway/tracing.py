@@ -106,12 +106,23 @@ class TraceWriter:
             return False
 
 
+class _Source(Resource):
+    """One of the few that all spans have. The exporter looks each span's up by its hash, which else is made anew."""
+
+    def __init__(self, attributes: dict[str, Any]) -> None:
+        super().__init__(attributes)
+        self._hash = super().__hash__()
+
+    def __hash__(self) -> int:
+        return self._hash
+
+
 class SpanBuilder:
     """Turns a record into its spans: a pure view, but for the random ids of the child spans."""
 
     def __init__(self, gateway: str, version: str) -> None:
         facts = {"service.version": version, "service.namespace": "tidegate"}
-        self._gateway = Resource({**facts, "service.name": telemetry.GATEWAY_SERVICE, "service.instance.id": gateway})
+        self._gateway = _Source({**facts, "service.name": telemetry.GATEWAY_SERVICE, "service.instance.id": gateway})
         self._facts = facts
         self._engines: dict[str, Resource] = {}
         self._scope = InstrumentationScope("tidegate", version)
@@ -245,7 +256,7 @@ class SpanBuilder:
 
     def _engine(self, worker: str) -> Resource:
         if worker not in self._engines:
-            self._engines[worker] = Resource(
+            self._engines[worker] = _Source(
                 {**self._facts, "service.name": telemetry.ENGINE_SERVICE, "service.instance.id": worker}
             )
         return self._engines[worker]

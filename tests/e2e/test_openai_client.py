@@ -56,6 +56,7 @@ def test_unstreamed_answer_is_the_streamed_one(client: openai.OpenAI) -> None:
 def test_models_are_listed(client: openai.OpenAI) -> None:
     models = {model.id: model for model in client.models.list()}
     assert MODEL in models
+    assert client.models.retrieve(MODEL) == models[MODEL]
     extra = models[MODEL].model_extra or {}
     assert extra["tidegate"]["simulated"] is False
     assert extra["tidegate"]["backend"] == "vllm"

@@ -34,7 +34,7 @@ def routes(app: Litestar) -> set[tuple[str, str]]:
     found = set()
     for route in app.routes:
         methods = getattr(route, "methods", None) or ["POST"]  # a plain ASGI route takes POST alone
-        found |= {(route.path_format, method.lower()) for method in methods if method != "OPTIONS"}
+        found |= {(route.path_format, method.lower()) for method in methods if method not in ("OPTIONS", "HEAD")}
     return found
 
 

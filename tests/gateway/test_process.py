@@ -147,7 +147,15 @@ def test_other_endpoints(g: GatewayProcess) -> None:
     entry = next(model for model in models["data"] if model["id"] == FAST)
     assert entry["object"] == "model"
     assert entry["tidegate"] == {"backend": "sim", "simulated": True, "context_tokens": 32768, "workers": 1}
+    assert json.loads(g.request("GET", f"/v1/models/{FAST}")[2]) == entry
     assert [g.request("GET", path)[0] for path in ("/health", "/ready")] == [200, 200]
+
+
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/openapi.json"])
+def test_head_is_get_without_the_body(g: GatewayProcess, path: str) -> None:
+    status, headers, body = g.request("HEAD", path)
+    assert (status, body) == (200, b"")
+    assert int(headers["content-length"]) == len(g.request("GET", path)[2])
 
 
 def test_operators_plane_is_not_on_the_public_listener(g: GatewayProcess) -> None:
@@ -168,6 +176,8 @@ def test_operators_plane_is_not_on_the_public_listener(g: GatewayProcess) -> Non
         ("DELETE", "/v1/models", 405),
         ("GET", "/generate", 405),
         ("GET", "/%ff%00", 404),
+        ("GET", "/v1/models/gpt-9", 404),
+        ("GET", "/v1/models/owner/gpt-9", 404),
         ("GET", "/v1/chat/completions/more", 404),
     ],
 )
