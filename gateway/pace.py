@@ -19,14 +19,11 @@ class Pace:
     """One worker's credit, in nanoseconds. Without a target it always allows."""
 
     def __init__(self, target_ns: int | None = None) -> None:
+        self.has_target = target_ns is not None
+        """Without one there is nothing to ask."""
         self._target_ns = None if target_ns is None else int(SHARE * target_ns)
         self._most_ns = BURST_STEPS * (self._target_ns or 0)
         self._credit_ns = self._most_ns
-
-    @property
-    def has_target(self) -> bool:
-        """Without one there is nothing to ask."""
-        return self._target_ns is not None
 
     def allows(self, pending_ns: float, joint_ns: float) -> bool:
         """May the worker get a prompt?

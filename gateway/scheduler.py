@@ -169,13 +169,15 @@ class Scheduler:
 
     def _is_open(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> bool:
         """Would a request be placed now if nobody waited?"""
-        if is_urgent:
-            return self._has_room(model)
-        has_company, is_yielding = self._has_company(now_ns), self._is_yielding(band, now_ns)
-        return any(self._may_take(worker, tokens, has_company, is_yielding) for worker in self._serving.get(model, ()))
+        takers = self._with_room(model)
+        if not is_urgent:
+            takers = self._for_anybody(takers, band, tokens, now_ns)
+        return bool(takers)
 
-    def _has_room(self, model: str) -> bool:
-        return any(worker.room(self.ledger) for worker in self._serving.get(model, ()))
+    def _with_room(self, model: str) -> list[Worker]:
+        """Who serves it and has room for somebody, if perhaps not for anybody."""
+        ledger = self.ledger
+        return [worker for worker in self._serving.get(model, ()) if worker.room(ledger)]
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
@@ -240,22 +242,17 @@ class Scheduler:
     def place(self, now_ns: int) -> Placements:
         """Bind waiting requests to workers with room, in order; each placement holds a lease."""
         decided = Placements([], [])
-        has_company = self._has_company(now_ns)
         turns = collections.deque(model for model, queue in self._queues.items() if queue)
         while turns:
             model = turns.popleft()
             queue = self._queues[model]
             queue.age(now_ns)
-            ticket = queue.head() if self._has_room(model) else None
+            takers = self._with_room(model)
+            ticket = queue.head() if takers else None
             if ticket is None:
                 continue
-            is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
-            is_yielding = self._is_yielding(ticket.band, now_ns)
-            takers = [
-                worker
-                for worker in self._serving[model]
-                if is_urgent or self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
-            ]
+            if not self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens):
+                takers = self._for_anybody(takers, ticket.band, ticket.input_tokens, now_ns)
             route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
                 continue
@@ -267,7 +264,7 @@ class Scheduler:
                 self._learn_end(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
-            decided.placed.append(self._bind(ticket, route, raw_ns, now_ns, is_yielding=is_yielding))
+            decided.placed.append(self._bind(ticket, route, raw_ns, now_ns))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
 
@@ -285,19 +282,17 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
-        has_company, is_yielding = self._has_company(now_ns), self._is_yielding(ticket.band, now_ns)
-        takers = (
+        others = [
             worker
-            for worker in self._serving.get(ticket.model, ())
-            if worker.name not in ticket.avoid
-            and worker.breaker.state(now_ns) == "closed"
-            and self._may_take(worker, ticket.input_tokens, has_company, is_yielding)
-        )
+            for worker in self._with_room(ticket.model)
+            if worker.name not in ticket.avoid and worker.breaker.state(now_ns) == "closed"
+        ]
+        takers = self._for_anybody(others, ticket.band, ticket.input_tokens, now_ns)
         route = self.choose(takers, self.ledger, ticket, now_ns)
         if route is None:
             return None
         raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
-        return self._bind(ticket, route, raw_ns, now_ns, is_yielding=is_yielding)
+        return self._bind(ticket, route, raw_ns, now_ns)
 
     def _note_company(self, ticket: Ticket) -> None:
         if ticket.is_paid:
@@ -324,12 +319,14 @@ class Scheduler:
         """Are prompts of the band to make way in the engine? Among themselves those of the lower bands do not."""
         return band > 1 and now_ns - self._upper_ns < COMPANY_NS
 
-    def _may_take(self, worker: Worker, tokens: int, has_company: bool, is_yielding: bool) -> bool:
-        """May the worker get a request that is not urgent? Those that are keep room, and answers keep their pace."""
-        if is_yielding and worker.unstarted_tokens * YIELDING_SHARE > worker.model.max_batch_tokens:
-            return False
-        kept = worker.limit.value // KEPT_SHARE if has_company else 0
-        return worker.room(self.ledger) > kept and worker.may_start(tokens)
+    def _for_anybody(self, workers: list[Worker], band: int, tokens: int, now_ns: int) -> list[Worker]:
+        """Who may get a request that is not urgent: for those that are room is kept, and answers keep their pace."""
+        if self._is_yielding(band, now_ns):
+            workers = [w for w in workers if w.unstarted_tokens * YIELDING_SHARE <= w.model.max_batch_tokens]
+        if self._has_company(now_ns):
+            ledger = self.ledger
+            workers = [worker for worker in workers if worker.room(ledger) > worker.limit.value // KEPT_SHARE]
+        return [worker for worker in workers if worker.may_start(tokens)]
 
     def _is_too_late(self, ticket: Ticket, worker: Worker, raw_ns: int | None, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
@@ -337,7 +334,7 @@ class Scheduler:
             return False
         return now_ns + worker.forecast.corrected_ns(raw_ns) > ticket.deadline_ns
 
-    def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, now_ns: int, *, is_yielding: bool) -> Placement:
+    def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, now_ns: int) -> Placement:
         worker = route.worker
         worker.breaker.began(now_ns)
         worker.prefixes.use(ticket.blocks)
@@ -355,7 +352,8 @@ class Scheduler:
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
         self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
-        return Placement(ticket, worker.name, route.cached_tokens, ticket.band if is_yielding else 0)
+        priority = ticket.band if self._is_yielding(ticket.band, now_ns) else 0
+        return Placement(ticket, worker.name, route.cached_tokens, priority)
 
     def charged_tokens(self, request: int) -> int:
         """Output tokens that the placed request's tenant has been charged for."""
