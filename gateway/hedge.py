@@ -33,21 +33,19 @@ class Race:
         assert exchange.run is not None
         self.exchange = exchange
         self._begin, self._end, self._release = begin, end, release
-        self._is_decided = False
-        self._first, self._hedge = Racer(self, exchange.run), Racer(self, hedge)
+        self._racers: tuple[Racer, ...] = (Racer(self, exchange.run), Racer(self, hedge))
+        """Empty once it is decided."""
 
     def abandon(self, event: Event) -> None:
         """The request is over, whoever would have won: nothing is left of the race but the first run."""
-        if not self._is_decided:
-            self._go_on_with(self._first)
-            self._drop(self._hedge, event)
+        if self._racers:
+            self._drop(self._decide(self._racers[0]), event)
 
     def is_won_by(self, racer: Racer) -> bool:
         """Something of an answer has come: is it the request's?"""
-        if self._is_decided:
+        if not self._racers:
             return False
-        self._go_on_with(racer)
-        self._drop(self._other(racer), Beaten())
+        self._drop(self._decide(racer), Beaten())
         return True
 
     def ended(self, racer: Racer, event: Finished | Failed | Lost) -> bool:
@@ -57,24 +55,25 @@ class Race:
         """
         if not retries.is_workers_fault(event) and self.is_won_by(racer):
             return True
-        if not self._is_decided:
-            self._go_on_with(self._other(racer))
+        if self._racers:
+            first, hedge = self._racers
+            self._decide(hedge if racer is first else first)
             self._end(self.exchange, racer.run, event)
         self._release(racer.run)
         return False
 
-    def _other(self, racer: Racer) -> Racer:
-        return self._hedge if racer is self._first else self._first
+    def _decide(self, winner: Racer) -> Run:
+        """The request goes on with the winner; returns the other run."""
+        first, hedge = self._racers
+        self._racers = ()
+        if winner is hedge:
+            self._begin(self.exchange, hedge.run)
+        winner.step_aside()
+        return first.run if winner is hedge else hedge.run
 
-    def _go_on_with(self, racer: Racer) -> None:
-        self._is_decided = True
-        if racer is self._hedge:
-            self._begin(self.exchange, racer.run)
-        racer.step_aside()
-
-    def _drop(self, racer: Racer, event: Event) -> None:
-        self._end(self.exchange, racer.run, event)
-        racer.run.cancel()
+    def _drop(self, run: Run, event: Event) -> None:
+        self._end(self.exchange, run, event)
+        run.cancel()
 
 
 class Racer:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import random
+import weakref
 from collections.abc import Awaitable, Callable
 
 import pytest
@@ -281,6 +283,22 @@ async def test_room_that_a_loser_gives_back_is_given_away() -> None:
             worker.finish(slot, output_tokens=1)
         await asyncio.gather(client.task, waiting.task)
         assert waiting.headers["x-tidegate-worker"] == "worker-0"
+
+
+@in_virtual_time
+async def test_race_leaves_nothing_for_the_collector() -> None:
+    gc.disable()
+    try:
+        async with gateway(workers=2, tenants=HEDGING) as g:
+            client, _, second = await late(g)
+            (race,) = [weakref.ref(exchange.race) for exchange in g.pipeline._active.values() if exchange.race]
+            second.token()
+            second.finish(output_tokens=1)
+            await client.task
+            await settle_down()
+            assert race() is None
+    finally:
+        gc.enable()
 
 
 # ---------------------------------------------------------------- who fails
