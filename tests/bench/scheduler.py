@@ -35,8 +35,8 @@ from tests.gateway.fakes import model_info
 from tests.virtual.traffic import TOKEN_TARGET_NS, Traffic
 
 RATE_FLOOR = 100_000
-PIECE = 1_000
-"""Operations that are recorded, then replayed: few, so that a request is in the caches as when it has just come."""
+PIECE = 10_000
+"""Operations that are recorded, then replayed."""
 QUEUED = 10_000
 CANCEL_CEILING_MS = 100.0
 CONCURRENT = 256
@@ -80,6 +80,7 @@ class Recording:
     def replay_s(self) -> float:
         """Seconds that the twin takes for what was written down since the last time."""
         calls = self.calls
+        gc.collect()
         gc.freeze()  # what is written down is not the decider's garbage to walk
         started_s = time.perf_counter()
         answers = [call() for call in calls]
