@@ -37,7 +37,7 @@ class Ledger:
     def acquire(self, lease: Lease) -> None:
         assert lease.request not in self._leases, f"request {lease.request} already holds a lease"
         self._leases[lease.request] = lease
-        held = self._held.setdefault(lease.worker, Held())
+        held = self.account(lease.worker)
         held.requests += 1
         held.sequences += lease.sequences
         held.tokens += lease.tokens
@@ -51,8 +51,19 @@ class Ledger:
         held.tokens -= lease.tokens
         if held.requests == 0:
             assert held == Held(), f"leases of {lease.worker} do not add up: {held}"
-            del self._held[lease.worker]
         return lease
+
+    def account(self, worker: str) -> Held:
+        """What the worker's leases add up to, now and later. Only to be read."""
+        held = self._held.get(worker)
+        if held is None:
+            held = self._held[worker] = Held()
+        return held
+
+    def close(self, worker: str) -> None:
+        """No worker of this name is expected again; an account that leases are on stays."""
+        if worker in self._held and not self._held[worker].requests:
+            del self._held[worker]
 
     def held_by(self, worker: str) -> Held:
         """A copy: the books stay the ledger's."""

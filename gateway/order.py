@@ -150,9 +150,12 @@ class FairQueue:
         counters, mine = self._counters, lines.get(tenant)
         turn = counters.level(tenant) + (mine.charge if mine is not None else 0.0)
         for name, line in lines.items():
-            passing = (turn - counters.counter(name)) / max(line.charge, 1e-9) if line is not mine else 1.0
-            if passing > 0:
-                share = min(1.0, passing)
+            passing = turn - counters.counter(name) if line is not mine else line.charge
+            if passing >= line.charge:
+                total.requests += line.requests
+                total.tokens += line.tokens
+            elif passing > 0:
+                share = passing / line.charge
                 total.requests += share * line.requests
                 total.tokens += share * line.tokens
 

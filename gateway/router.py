@@ -15,7 +15,7 @@ import msgspec
 
 from gateway.breaker import Breaker
 from gateway.forecast import EngineForecast
-from gateway.ledger import Ledger
+from gateway.ledger import Held
 from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
 from gateway.pace import Pace
@@ -48,6 +48,8 @@ class Worker(msgspec.Struct, kw_only=True):
     breaker: Breaker = msgspec.field(default_factory=Breaker)
     prefixes: PrefixIndex = msgspec.field(default_factory=lambda: PrefixIndex(0))
     pace: Pace = msgspec.field(default_factory=Pace)
+    held: Held = msgspec.field(default_factory=Held)
+    """Its account in the ledger."""
 
     @property
     def is_open(self) -> bool:
@@ -65,11 +67,12 @@ class Worker(msgspec.Struct, kw_only=True):
             return True
         return self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
 
-    def room(self, ledger: Ledger) -> int:
+    @property
+    def room(self) -> int:
         """Sequences that may still be sent: late binding keeps the engine's own queue near empty."""
         if self.is_draining or self.is_leaving:
             return 0
-        left = self.limit.value - ledger.sequences_on(self.name)
+        left = self.limit.value - self.held.sequences
         return left if left > 0 else 0
 
     def weight(self, now_ns: int) -> float:
@@ -93,10 +96,10 @@ class Route(msgspec.Struct, frozen=True):
     """Of the prompt, expected."""
 
 
-Choose = Callable[[Iterable[Worker], Ledger, Ticket, int], Route | None]
+Choose = Callable[[Iterable[Worker], Ticket, int], Route | None]
 
 
-def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: int) -> Route | None:
+def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | None:
     """The worker with the smallest cost; None when none has room.
 
     A request larger than a whole worker is sent to one that is empty. A worker of a failed attempt is taken only when
@@ -105,7 +108,7 @@ def choose(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: in
     best: tuple[bool, float, int] | None = None
     chosen: Route | None = None
     for worker in workers:
-        room, batch = worker.room(ledger), ledger.sequences_on(worker.name)
+        room, batch = worker.room, worker.held.sequences
         slots = worker.model.max_sequences
         if room < ticket.sequences and (batch or not room):
             continue

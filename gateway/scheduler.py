@@ -150,7 +150,7 @@ class Scheduler:
         slots = sum(worker.model.max_sequences for worker in workers)
         known_ns = []
         for worker in workers:
-            wait_ns = turn.wait_ns(worker, self.ledger, ahead, worker.model.max_sequences / slots, now_ns)
+            wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, now_ns)
             own_ns = worker.forecast.after_step_ns(tokens)
             if wait_ns is not None and own_ns is not None:
                 known_ns.append(int(wait_ns) + own_ns)
@@ -176,8 +176,7 @@ class Scheduler:
 
     def _with_room(self, model: str) -> list[Worker]:
         """Who serves it and has room for somebody, if perhaps not for anybody."""
-        ledger = self.ledger
-        return [worker for worker in self._serving.get(model, ()) if worker.room(ledger)]
+        return [worker for worker in self._serving.get(model, ()) if worker.room]
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
@@ -273,7 +272,7 @@ class Scheduler:
         left_out = router.left_out(self._serving[ticket.model], now_ns)
         if left_out:
             takers = [worker for worker in takers if worker.name not in left_out]
-        return self.choose(takers, self.ledger, ticket, now_ns)
+        return self.choose(takers, ticket, now_ns)
 
     def place_beside(self, ticket: Ticket, now_ns: int) -> Placement | None:
         """Bind a hedge, under a number of its own, to a worker not tried and not in doubt that has room for anybody.
@@ -288,7 +287,7 @@ class Scheduler:
             if worker.name not in ticket.avoid and worker.breaker.state(now_ns) == "closed"
         ]
         takers = self._for_anybody(others, ticket.band, ticket.input_tokens, now_ns)
-        route = self.choose(takers, self.ledger, ticket, now_ns)
+        route = self.choose(takers, ticket, now_ns)
         if route is None:
             return None
         raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
@@ -321,16 +320,18 @@ class Scheduler:
 
     def _for_anybody(self, workers: list[Worker], band: int, tokens: int, now_ns: int) -> list[Worker]:
         """Who may get a request that is not urgent: for those that are room is kept, and answers keep their pace."""
-        if self._is_yielding(band, now_ns):
-            workers = [w for w in workers if w.unstarted_tokens * YIELDING_SHARE <= w.model.max_batch_tokens]
-        if self._has_company(now_ns):
-            ledger = self.ledger
-            workers = [worker for worker in workers if worker.room(ledger) > worker.limit.value // KEPT_SHARE]
-        return [worker for worker in workers if worker.may_start(tokens)]
+        is_yielding, has_company = self._is_yielding(band, now_ns), self._has_company(now_ns)
+        return [
+            worker
+            for worker in workers
+            if (not is_yielding or worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens)
+            and (not has_company or worker.room > worker.limit.value // KEPT_SHARE)
+            and worker.may_start(tokens)
+        ]
 
     def _is_too_late(self, ticket: Ticket, worker: Worker, raw_ns: int | None, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
-        if raw_ns is None or not ticket.is_sheddable or not self.ledger.sequences_on(worker.name):
+        if raw_ns is None or not ticket.is_sheddable or not worker.held.sequences:
             return False
         return now_ns + worker.forecast.corrected_ns(raw_ns) > ticket.deadline_ns
 
@@ -415,6 +416,7 @@ class Scheduler:
             breaker=memory.breaker,
             forecast=EngineForecast(model.max_batch_tokens),
             pace=Pace(self._token_target_ns),
+            held=self.ledger.account(name),
         )
         self._note_serving()
 
@@ -428,6 +430,7 @@ class Scheduler:
         """The worker is no longer one of the gateway's."""
         assert name not in self._workers, f"worker {name} is still connected"
         self._memories.pop(name, None)
+        self.ledger.close(name)
 
     def worker_leaving(self, name: str, is_leaving: bool) -> None:
         """Whether the gateway is to send it no more requests; what runs on it goes on."""

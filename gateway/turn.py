@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import math
 
-from gateway.ledger import Ledger
 from gateway.order import Work
 from gateway.router import Worker
 
 
-def wait_ns(worker: Worker, ledger: Ledger, ahead: Work, share: float, now_ns: int) -> float | None:
+def wait_ns(worker: Worker, ahead: Work, share: float, now_ns: int) -> float | None:
     """Time until it is the turn of who comes after its `share` of what is ahead; None while that is not known."""
     forecast = worker.forecast
     if not forecast.is_known:
@@ -21,7 +20,7 @@ def wait_ns(worker: Worker, ledger: Ledger, ahead: Work, share: float, now_ns: i
     requests, tokens = share * ahead.requests, share * ahead.tokens
     prompts_ns = forecast.prompt_ns(tokens)
     steps = max(
-        forecast.steps_until(requests + 1 - worker.room(ledger)),
+        forecast.steps_until(requests + 1 - worker.room),
         worker.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
     )
     return forecast.turn_ns(steps, tokens, now_ns) if steps < math.inf else None

@@ -24,7 +24,6 @@ import msgspec
 from engine import profile as profiles
 from engine.settings import EngineSettings
 from gateway import router
-from gateway.ledger import Ledger
 from gateway.order import Ticket
 from gateway.router import Route, Worker
 from protos.core import settings as settings_loader
@@ -103,9 +102,9 @@ def text_of(blocks: Iterable[int], tokens: int) -> bytes:
 # ---------------------------------------------------------------- policies
 
 
-def least_loaded(workers: Iterable[Worker], ledger: Ledger, ticket: Ticket, now_ns: int) -> Route | None:
+def least_loaded(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | None:
     """The worker with the smallest share of its slots in use."""
-    free = [(worker.room(ledger) / worker.model.max_sequences, worker) for worker in workers]
+    free = [(worker.room / worker.model.max_sequences, worker) for worker in workers]
     share, worker = max(free, key=lambda item: item[0], default=(0.0, None))
     return Route(worker, 0.0, 0) if worker is not None and share > 0 else None
 

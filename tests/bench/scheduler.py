@@ -18,7 +18,7 @@ import gc
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import msgspec
@@ -62,7 +62,7 @@ class Recording:
     """A scheduler whose calls are written down as calls of its twin."""
 
     def __init__(self, scheduler: Scheduler, twin: Scheduler) -> None:
-        self.calls: list[Callable[[], Any]] = []
+        self.calls: list[functools.partial[Any]] = []
         self.answers: list[Any] = []
         self._scheduler = scheduler
         self._twin = twin
@@ -78,18 +78,30 @@ class Recording:
         return self.answers[-1]
 
     def replay_s(self) -> float:
-        """Seconds that the twin takes for what was written down since the last time."""
-        calls = self.calls
-        gc.collect()
-        gc.freeze()  # what is written down is not the decider's garbage to walk
-        started_s = time.perf_counter()
-        answers = [call() for call in calls]
-        elapsed_s = time.perf_counter() - started_s
-        gc.unfreeze()
-        for answer, expected in zip(answers, self.answers, strict=True):
-            assert answer == expected or isinstance(answer, Worker), f"{answer} in place of {expected}"
+        """Seconds of CPU that the twin takes for what was written down since the last time."""
+        calls, expected = self.calls, self.answers
         self.calls, self.answers = [], []
-        return elapsed_s
+        empty = [functools.partial(_nothing, *call.args, **call.keywords) for call in calls]
+        elapsed_s, answers = _timed(calls)
+        calling_s, _ = _timed(empty)
+        for answer, wanted in zip(answers, expected, strict=True):
+            assert answer == wanted or isinstance(answer, Worker), f"{answer} in place of {wanted}"
+        return elapsed_s - calling_s
+
+
+def _timed(calls: Sequence[functools.partial[Any]]) -> tuple[float, list[Any]]:
+    """Seconds of CPU, and the answers. What is written down is not the decider's garbage to walk."""
+    gc.collect()
+    gc.freeze()
+    started_s = time.thread_time()
+    answers = [call() for call in calls]
+    elapsed_s = time.thread_time() - started_s
+    gc.unfreeze()
+    return elapsed_s, answers
+
+
+def _nothing(*args: Any, **kwargs: Any) -> None:
+    """A call that does nothing takes the time that is not the decider's."""
 
 
 class RandomRun(msgspec.Struct):

@@ -35,8 +35,10 @@ def _warm() -> EngineForecast:
     return forecast
 
 
-def run(on: Worker, ledger: Ledger, *lengths: AnswerLength) -> None:
+def run(on: Worker, *lengths: AnswerLength) -> None:
     """Answers whose first token has come, in a step that ends at NOW_NS."""
+    ledger = Ledger()
+    on.held = ledger.account(on.name)
     for number, length in enumerate(lengths):
         ledger.acquire(Lease(request=number, worker=on.name, sequences=1, tokens=1))
         on.forecast.placed(number, 0, NOW_NS - STEP_MS * MS, length)
@@ -49,50 +51,50 @@ def exact(*tokens: int) -> list[AnswerLength]:
     return [AnswerLength(count, is_exact=True) for count in tokens]
 
 
-def wait_ms(on: Worker, ledger: Ledger, ahead: Work, *, share: float = 1.0, after_ms: int = 0) -> float:
-    wait_ns = turn.wait_ns(on, ledger, ahead, share, NOW_NS + after_ms * MS)
+def wait_ms(on: Worker, ahead: Work, *, share: float = 1.0, after_ms: int = 0) -> float:
+    wait_ns = turn.wait_ns(on, ahead, share, NOW_NS + after_ms * MS)
     assert wait_ns is not None
     return wait_ns / MS
 
 
 def test_a_turn_comes_when_enough_answers_have_ended() -> None:
-    on, ledger = worker(), Ledger()
-    run(on, ledger, *exact(3, 11, 6, 30))  # a token of each has come
-    assert wait_ms(on, ledger, Work()) == pytest.approx(2 * STEP_MS)
-    assert wait_ms(on, ledger, Work(), after_ms=5) == pytest.approx(2 * STEP_MS - 5)
+    on = worker()
+    run(on, *exact(3, 11, 6, 30))  # a token of each has come
+    assert wait_ms(on, Work()) == pytest.approx(2 * STEP_MS)
+    assert wait_ms(on, Work(), after_ms=5) == pytest.approx(2 * STEP_MS - 5)
     ahead = Work(requests=2, tokens=100)
-    assert wait_ms(on, ledger, ahead) == pytest.approx(10 * STEP_MS + 100 * TOKEN_MS)
-    assert wait_ms(on, ledger, ahead, share=0.5) == pytest.approx(5 * STEP_MS + 50 * TOKEN_MS), "another does the rest"
+    assert wait_ms(on, ahead) == pytest.approx(10 * STEP_MS + 100 * TOKEN_MS)
+    assert wait_ms(on, ahead, share=0.5) == pytest.approx(5 * STEP_MS + 50 * TOKEN_MS), "another does the rest"
 
 
 def test_where_places_are_free_only_the_running_step_is_waited_for() -> None:
-    on, ledger = worker(), Ledger()
-    run(on, ledger, *exact(30, 30))
-    assert wait_ms(on, ledger, Work(requests=1)) == pytest.approx(STEP_MS)
-    assert wait_ms(on, ledger, Work(requests=2)) == pytest.approx(29 * STEP_MS)
+    on = worker()
+    run(on, *exact(30, 30))
+    assert wait_ms(on, Work(requests=1)) == pytest.approx(STEP_MS)
+    assert wait_ms(on, Work(requests=2)) == pytest.approx(29 * STEP_MS)
 
 
 def test_answers_of_unknown_length_are_expected_at_their_mean_rate() -> None:
-    on, ledger = worker(), Ledger()
-    run(on, ledger, *[AnswerLength(40.0)] * SLOTS)
-    assert wait_ms(on, ledger, Work()) == pytest.approx((1 + 10) * STEP_MS)
+    on = worker()
+    run(on, *[AnswerLength(40.0)] * SLOTS)
+    assert wait_ms(on, Work()) == pytest.approx((1 + 10) * STEP_MS)
 
 
 def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
     target_ms = 2 * STEP_MS / SHARE
-    on, ledger = worker(Pace(int(target_ms * MS))), Ledger()
-    run(on, ledger, *exact(90))
+    on = worker(Pace(int(target_ms * MS)))
+    run(on, *exact(90))
     for _ in range(20):
         on.pace.stepped(20 * STEP_MS * MS, has_prefill=True)  # far behind
     debt_ms = 10 * 2 * STEP_MS
     ahead = Work(requests=1, tokens=60)
     steps = (debt_ms + 60 * TOKEN_MS) / STEP_MS
-    assert wait_ms(on, ledger, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
+    assert wait_ms(on, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
 
 
 def test_nobody_knows_when_nobody_has_come_or_nobody_will_leave() -> None:
-    on, ledger = worker(), Ledger()
-    run(on, ledger, *exact(9))
-    assert turn.wait_ns(on, ledger, Work(requests=SLOTS), 1.0, NOW_NS) is None, "more places than are taken"
+    on = worker()
+    run(on, *exact(9))
+    assert turn.wait_ns(on, Work(requests=SLOTS), 1.0, NOW_NS) is None, "more places than are taken"
     on.forecast = EngineForecast()
-    assert turn.wait_ns(on, ledger, Work(), 1.0, NOW_NS) is None
+    assert turn.wait_ns(on, Work(), 1.0, NOW_NS) is None
