@@ -129,8 +129,10 @@ async def test_worker_stops_while_gateways_keep_coming_back(worker: Running) -> 
 
     async with asyncio.TaskGroup() as gateways:
         returning = [gateways.create_task(come_back()) for _ in range(4)]
-        async with connect(worker.address) as peer:
-            await peer.submit(submit(1, max_tokens=10_000, ignore_eos=True))
+        async with open_call(worker.address) as call:  # which ends in one way or another
+            await call.write(HELLO)
+            await call.read()
+            await call.write(GatewayFrame(submits=[submit(1, max_tokens=10_000, ignore_eos=True)]))
             async with asyncio.timeout(5):
                 await worker.worker.close()
         for gateway in returning:
