@@ -19,6 +19,7 @@ from gateway.forecast import Forecast
 from gateway.identity import Identity
 from gateway.outlet import Headers, Outlet
 from gateway.run import Run
+from gateway.scheduler import Placement
 from gateway.stream import TokenStream
 from gateway.timeline import Timeline
 from protos.core.contract import Failed, Finished, Started, TokenLogprob
@@ -27,14 +28,6 @@ from protos.core.record import Attempt, Outcome, RequestRecord
 
 if TYPE_CHECKING:
     from gateway.hedge import Race
-
-
-class Placed(msgspec.Struct, frozen=True):
-    worker: str
-    cached_tokens: int = 0
-    """Of the prompt, expected in the worker's prefix cache."""
-    priority: int = 0
-    """In the engine."""
 
 
 class Lost(msgspec.Struct, frozen=True):
@@ -68,7 +61,7 @@ class Cut(msgspec.Struct, frozen=True):
 
 Row = tuple[int, str, Sequence[TokenLogprob] | None]
 """(choice, text, logprobs)"""
-Event = Placed | Finished | Failed | Lost | Beaten | Gone | Overdue | Unplaceable | Cut
+Event = Placement | Finished | Failed | Lost | Beaten | Gone | Overdue | Unplaceable | Cut
 STREAM_HEADERS: Headers = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
     (b"cache-control", b"no-cache"),

@@ -77,7 +77,7 @@ class ServiceCounters:
         known.weight = weight
         if not known.waiting:
             known.mark = self._present_level()
-            known.counter = max(known.counter, known.mark - CREDIT)
+            known.counter = self.level(tenant)
             self._waiting.add(tenant)
         known.waiting += 1
 
@@ -104,12 +104,11 @@ class ServiceCounters:
     def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
         """Add served tokens; negative numbers give back what was predicted and not used."""
         known = self._tenants[tenant]
-        served = self._input_weight * input_tokens + self._output_weight * output_tokens
+        served = self.price(input_tokens, output_tokens)
         known.counter += served / known.weight
         if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
-                if tenant in ring.entries:
-                    ring.fell(tenant)
+                ring.fell(tenant)
 
 
 class LeastServed:
@@ -122,38 +121,38 @@ class LeastServed:
     def __init__(self, tenants: dict[str, _Tenant]) -> None:
         """`tenants` are all that are known."""
         self._tenants = tenants
-        self.entries: dict[str, float] = {}
-        """The tenants, with what the heap says of them."""
+        self._entries: dict[str, float] = {}
         self._heap: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._entries)
 
     def add(self, tenant: str) -> None:
-        if tenant not in self.entries:
+        if tenant not in self._entries:
             self._push(tenant)
 
     def discard(self, tenant: str) -> None:
-        self.entries.pop(tenant, None)
+        self._entries.pop(tenant, None)
 
     def fell(self, tenant: str) -> None:
-        """The counter of one of the tenants became smaller."""
-        self._push(tenant)
+        """The tenant's counter became smaller."""
+        if tenant in self._entries:
+            self._push(tenant)
 
     def least(self) -> str | None:
         """The tenant that is owed most; ties go to the first in alphabetical order."""
         heap = self._heap
         while heap:
             entry, tenant = heap[0]
-            if self.entries.get(tenant) != entry:
+            if self._entries.get(tenant) != entry:
                 heapq.heappop(heap)
                 continue
             if (counter := self._tenants[tenant].counter) == entry:
                 return tenant
-            self.entries[tenant] = counter
+            self._entries[tenant] = counter
             heapq.heapreplace(heap, (counter, tenant))
         return None
 
     def _push(self, tenant: str) -> None:
-        counter = self.entries[tenant] = self._tenants[tenant].counter
+        counter = self._entries[tenant] = self._tenants[tenant].counter
         heapq.heappush(self._heap, (counter, tenant))

@@ -167,12 +167,12 @@ class EngineForecast:
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
-        return self._fit.slope * self.unstarted_tokens
+        return self.prompt_ns(self.unstarted_tokens)
 
     def next_ns(self, tokens: int) -> float:
         """By how much the next step would be longer for one prompt more than those that it computes already."""
         ahead = self.unstarted_tokens - self._joined_tokens
-        return self._fit.slope * (ahead + tokens) if ahead else 0.0
+        return self.prompt_ns(ahead + tokens) if ahead else 0.0
 
     @property
     def is_known(self) -> bool:

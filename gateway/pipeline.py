@@ -16,7 +16,7 @@ from typing import Any
 from gateway import admission, retries
 from gateway.answers import Answer, error_event, render_error
 from gateway.calls import Call, Parser
-from gateway.exchange import Beaten, Cut, Event, Exchange, Gone, Lost, Overdue, Placed, Unplaceable
+from gateway.exchange import Beaten, Cut, Event, Exchange, Gone, Lost, Overdue, Unplaceable
 from gateway.fleet import Fleet
 from gateway.hedge import Race
 from gateway.identity import authorization, identify
@@ -206,7 +206,7 @@ class Pipeline:
             exchange.token_ids = []
         while True:
             placed = await self._queue(exchange, call, terms)
-            if not isinstance(placed, Placed):
+            if not isinstance(placed, Placement):
                 return placed
             end = await self._attempt(exchange, call, terms, placed)
             if not self._may_try_again(exchange, terms, end):
@@ -312,7 +312,7 @@ class Pipeline:
 
     # -- queue
 
-    async def _queue(self, exchange: Exchange, call: Call, terms: Terms) -> Placed | RequestError | Gone:
+    async def _queue(self, exchange: Exchange, call: Call, terms: Terms) -> Placement | RequestError | Gone:
         self._scheduler.enqueue(self._ticket(exchange, call, terms, exchange.lease))
         self._place_waiting()
         self._arm_expiry()
@@ -322,11 +322,11 @@ class Pipeline:
         try:
             event = await exchange.next_event()
         finally:
-            if not isinstance(event, Placed):
+            if not isinstance(event, Placement):
                 self._scheduler.withdraw(exchange.lease)
                 self._place_waiting()
         match event:
-            case Placed():
+            case Placement():
                 return event
             case Gone():
                 return event
@@ -375,7 +375,7 @@ class Pipeline:
             exchange = self._active[placement.ticket.request]
             if not exchange.timeline.dequeued_ns:
                 exchange.timeline.dequeued_ns = now_ns
-            exchange.signal(_placed(placement))
+            exchange.signal(placement)
 
     def _fail_unplaceable(self) -> None:
         """A worker left: requests that only it could have run need not wait for their deadline.
@@ -416,12 +416,12 @@ class Pipeline:
 
     # -- attempt
 
-    async def _attempt(self, exchange: Exchange, call: Call, terms: Terms, placed: Placed) -> Event:
+    async def _attempt(self, exchange: Exchange, call: Call, terms: Terms, placed: Placement) -> Event:
         """Run on one worker until it says how it ended, or until the client or a deadline ends it."""
         now_ns = self._clock.mono_ns()
         if not exchange.timeline.routed_ns:
             exchange.timeline.routed_ns = now_ns
-        run = self._submit(exchange, call, placed, exchange.lease, now_ns)
+        run = self._submit(exchange, call, placed, now_ns)
         if run is None:
             return Lost("left before the request was sent")
         self._begin(exchange, run)
@@ -453,13 +453,13 @@ class Pipeline:
         return event
 
     def _submit(
-        self, exchange: Exchange, call: Call, placed: Placed, lease: int, now_ns: int, *, is_hedge: bool = False
+        self, exchange: Exchange, call: Call, placed: Placement, now_ns: int, *, is_hedge: bool = False
     ) -> Run | None:
         """Send the request to a worker; None, and no lease, when that has left since it was chosen."""
         exchange.tried += (placed.worker,)
         upstream = self._fleet.upstream(placed.worker)
         if upstream is None:
-            self._scheduler.release(lease)
+            self._scheduler.release(placed.ticket.request)
             return None
         slot = upstream.submit(
             exchange,
@@ -476,7 +476,7 @@ class Pipeline:
             model=self._fleet.model_of(placed.worker),
             upstream=upstream,
             slot=slot,
-            lease=lease,
+            lease=placed.ticket.request,
             began_ns=now_ns,
             cached_tokens=placed.cached_tokens,
             is_hedge=is_hedge,
@@ -516,7 +516,7 @@ class Pipeline:
         placement = self._scheduler.place_beside(ticket, now_ns)
         if placement is None:
             return
-        run = self._submit(exchange, call, _placed(placement), ticket.request, now_ns, is_hedge=True)
+        run = self._submit(exchange, call, placement, now_ns, is_hedge=True)
         if run is not None:
             self._retries.hold(exchange.number)
             exchange.race = Race(exchange, run, begin=self._begin, end=self._note_end, release=self._release)
@@ -641,10 +641,6 @@ async def _watch(receive: Receive, exchange: Exchange) -> None:
     while (await receive())["type"] != "http.disconnect":
         pass
     exchange.signal(Gone())
-
-
-def _placed(placement: Placement) -> Placed:
-    return Placed(placement.worker, placement.cached_tokens, placement.priority)
 
 
 def _stop(exchange: Exchange, event: Event) -> None:

@@ -353,6 +353,11 @@ class Gateway:
         return record
 
     @property
+    def served(self) -> float:
+        """What the tenant without a name was charged."""
+        return self.scheduler.counters.counter("anonymous")
+
+    @property
     def leases(self) -> int:
         return len(self.scheduler.ledger)
 
@@ -394,6 +399,16 @@ async def gateway(
         assert is_partition(record)
         assert record.total_ns >= 0
         assert record.unattributed_ns == 0 or record.outcome is not Outcome.FINISHED
+
+
+async def price_of(body: bytes) -> float:
+    """What a request is charged whose answer is one token, with nothing in its way."""
+    async with gateway(workers=2) as g:
+        client = await g.post(body)
+        g.fleet.workers["worker-0"].token()
+        g.fleet.workers["worker-0"].finish(output_tokens=1)
+        await client.task
+    return g.served
 
 
 # ---------------------------------------------------------------- a worker behind a socket
