@@ -87,7 +87,9 @@ async def test_first_token_waits_for_the_hedge_and_not_for_the_slow_worker(g: Ga
     assert counted(g, "tidegate_hedges") == 0
     hasty = await ask_all(g, "hasty", 25 * CLIENTS)
     assert AFTER_S <= hasty[-1] < STALL_S / 2, "all of them, so the 99th percentile too"
-    assert counted(g, "tidegate_hedges") >= counted(g, "tidegate_hedges_won") >= 10
+    won = counted(g, "tidegate_hedges_won")
+    assert counted(g, "tidegate_hedges") >= won
+    assert won > len(hasty) / 100, "who would have made the 99th percentile a second"
     wait_for(lambda: not g.state()["leases"] and not sequences(g), "both workers have let go")
     assert (g.state()["active"], g.state()["queued"]) == (0, 0)
     assert "Traceback" not in g.output
