@@ -30,6 +30,14 @@ class _Tenant(msgspec.Struct):
     mark: float = 0.0
     """Where the others stood when it last returned from idle."""
 
+    def lifted(self, level: float) -> float:
+        """What its counter becomes when it returns from idle, with the others at `level`."""
+        return max(self.counter, level - CREDIT)
+
+
+UNKNOWN = _Tenant()
+"""One that never asked for anything."""
+
 
 class ServiceCounters:
     """Counters of all tenants. Owned by the scheduler; a tenant is known from its first request on."""
@@ -52,22 +60,19 @@ class ServiceCounters:
 
     def counter(self, tenant: str) -> float:
         """Tokens served over weight; only differences mean something."""
-        known = self._tenants.get(tenant)
-        return known.counter if known is not None else 0.0
+        return self._tenants.get(tenant, UNKNOWN).counter
 
     def level(self, tenant: str) -> float:
         """Where the counter would be if one more request of the tenant came: a tenant that is back is lifted."""
-        known = self._tenants.get(tenant)
-        if known is not None and known.waiting:
-            return known.counter
-        return max(known.counter if known is not None else 0.0, self._present_level() - CREDIT)
+        known = self._tenants.get(tenant, UNKNOWN)
+        return known.counter if known.waiting else known.lifted(self._present_level())
 
     def is_owed(self, tenant: str, input_tokens: int, output_tokens: int) -> bool:
         """Would the tenant, with one more request served, still be behind where the others stood when it came back?"""
-        known = self._tenants.get(tenant)
-        mark = known.mark if known is not None and known.waiting else self._present_level()
-        weight = known.weight if known is not None else 1.0
-        return self.level(tenant) + self.price(input_tokens, output_tokens) / weight <= mark
+        known = self._tenants.get(tenant, UNKNOWN)
+        mark = known.mark if known.waiting else self._present_level()
+        level = known.counter if known.waiting else known.lifted(mark)
+        return level + self.price(input_tokens, output_tokens) / known.weight <= mark
 
     def arrive(self, tenant: str, weight: float) -> None:
         """One more request of the tenant waits."""
@@ -77,7 +82,7 @@ class ServiceCounters:
         known.weight = weight
         if not known.waiting:
             known.mark = self._present_level()
-            known.counter = self.level(tenant)
+            known.counter = known.lifted(known.mark)
             self._waiting.add(tenant)
         known.waiting += 1
 

@@ -117,7 +117,8 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
         uncached = ticket.input_tokens - cached_tokens + 1
         cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.unstarted_tokens
         # A worker with more slots is a faster one, as far as anybody here knows.
-        rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), _distance(ticket, worker))
+        distance = 0 if ticket.session is None else _distance(ticket, worker)
+        rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), distance)
         if best is None or rank < best:
             best, chosen = rank, Route(worker, matched_share, cached_tokens)
     return chosen
@@ -136,8 +137,6 @@ def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
 
 def _distance(ticket: Ticket, worker: Worker) -> int:
     """Rendezvous hashing: the same order of workers for a session, whoever joins or leaves; nothing to remember."""
-    if ticket.session is None:
-        return 0
     return zlib.crc32(f"{ticket.tenant} {ticket.session} {worker.name}".encode())
 
 

@@ -147,11 +147,11 @@ class Scheduler:
     def _queued_ns(self, model: str, tokens: int, ahead: Work, now_ns: int) -> int | None:
         """Time to first token of one that waits, where it would be soonest; each worker has a share of the others."""
         workers = [worker for worker in self._serving.get(model, ()) if worker.is_open]
-        slots = sum(worker.model.max_sequences for worker in workers)
+        slots = sum([worker.model.max_sequences for worker in workers])
         known_ns = []
         for worker in workers:
             wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, now_ns)
-            own_ns = worker.forecast.after_step_ns(tokens)
+            own_ns = worker.forecast.after_step_ns(tokens) if wait_ns is not None else None
             if wait_ns is not None and own_ns is not None:
                 known_ns.append(int(wait_ns) + own_ns)
         return min(known_ns, default=None)
@@ -169,14 +169,7 @@ class Scheduler:
 
     def _is_open(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> bool:
         """Would a request be placed now if nobody waited?"""
-        takers = self._with_room(model)
-        if not is_urgent:
-            takers = self._for_anybody(takers, band, tokens, now_ns)
-        return bool(takers)
-
-    def _with_room(self, model: str) -> list[Worker]:
-        """Who serves it and has room for somebody, if perhaps not for anybody."""
-        return [worker for worker in self._serving.get(model, ()) if worker.room]
+        return bool(self._takers(model, band, is_urgent, tokens, now_ns))
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
@@ -241,22 +234,20 @@ class Scheduler:
     def place(self, now_ns: int) -> Placements:
         """Bind waiting requests to workers with room, in order; each placement holds a lease."""
         decided = Placements([], [])
-        turns = collections.deque(model for model, queue in self._queues.items() if queue)
+        turns = collections.deque(self._queues)
         while turns:
             model = turns.popleft()
             queue = self._queues[model]
             queue.age(now_ns)
-            takers = self._with_room(model)
-            ticket = queue.head() if takers else None
+            ticket = queue.head()
             if ticket is None:
                 continue
-            if not self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens):
-                takers = self._for_anybody(takers, ticket.band, ticket.input_tokens, now_ns)
+            is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
+            takers = self._takers(model, ticket.band, is_urgent, ticket.input_tokens, now_ns)
             route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
                 continue
-            if len(queue) > 1:
-                turns.append(model)
+            turns.append(model)
             raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
             if self._is_too_late(ticket, route.worker, raw_ns, now_ns):
                 self.leave(ticket.request)
@@ -281,12 +272,11 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
-        others = [
+        takers = [
             worker
-            for worker in self._with_room(ticket.model)
+            for worker in self._takers(ticket.model, ticket.band, False, ticket.input_tokens, now_ns)
             if worker.name not in ticket.avoid and worker.breaker.state(now_ns) == "closed"
         ]
-        takers = self._for_anybody(others, ticket.band, ticket.input_tokens, now_ns)
         route = self.choose(takers, ticket, now_ns)
         if route is None:
             return None
@@ -318,14 +308,17 @@ class Scheduler:
         """Are prompts of the band to make way in the engine? Among themselves those of the lower bands do not."""
         return band > 1 and now_ns - self._upper_ns < COMPANY_NS
 
-    def _for_anybody(self, workers: list[Worker], band: int, tokens: int, now_ns: int) -> list[Worker]:
-        """Who may get a request that is not urgent: for those that are room is kept, and answers keep their pace."""
+    def _takers(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> list[Worker]:
+        """Who serves it and has room. Where a request is not urgent, room is kept and answers keep their pace."""
+        workers = self._serving.get(model, ())
+        if is_urgent:
+            return [worker for worker in workers if worker.room]
         is_yielding, has_company = self._is_yielding(band, now_ns), self._has_company(now_ns)
         return [
             worker
             for worker in workers
-            if (not is_yielding or worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens)
-            and (not has_company or worker.room > worker.limit.value // KEPT_SHARE)
+            if worker.room > (worker.limit.value // KEPT_SHARE if has_company else 0)
+            and (not is_yielding or worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens)
             and worker.may_start(tokens)
         ]
 
