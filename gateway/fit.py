@@ -31,7 +31,7 @@ class StepFit:
         self._steps = 0
         self.most_x = 0.0
         self._most_n = 0.0
-        self._least_y, self._most_y = math.inf, 0.0
+        self._least_y, self.most_y = math.inf, 0.0
 
     def add(self, x: float, n: float, y: float) -> None:
         if self._steps >= WARM and x <= self.most_x and n <= self._most_n:
@@ -41,7 +41,7 @@ class StepFit:
         terms = (1.0, x, n, y, x * x, n * n, x * n, x * y, n * y)
         self._sums = tuple([keep * total + term for total, term in zip(self._sums, terms, strict=True)])
         self.most_x, self._most_n = max(self.most_x, x), max(self._most_n, n)
-        self._least_y, self._most_y = min(self._least_y, y), max(self._most_y, y)
+        self._least_y, self.most_y = min(self._least_y, y), max(self.most_y, y)
         self._base, self.slope, self._each = self._solve()
 
     def predict(self, x: float, n: float) -> float:
@@ -49,14 +49,14 @@ class StepFit:
         if not self._steps:
             return 0.0
         y = self._base + self.slope * min(x, self.most_x) + self._each * min(n, self._most_n)
-        return min(self._most_y, max(self._least_y, y))
+        return min(self.most_y, max(self._least_y, y))
 
     def _solve(self) -> tuple[float, float, float]:
         weight, x, n, y, xx, nn, xn, xy, ny = self._sums
         spreads = _spread(xx, x, weight), _spread(nn, n, weight)
         slope, each = _slopes(*spreads, xn - x * n / weight, xy - x * y / weight, ny - n * y / weight)
         if self.most_x:
-            slope = min(slope, self._most_y / self.most_x)
+            slope = min(slope, self.most_y / self.most_x)
         return (y - slope * x - each * n) / weight, slope, each
 
 

@@ -33,6 +33,8 @@ LATER = 1.25
 STALE_NS = 30_000_000_000
 REACH = 4
 """The line of a step is followed up to so many times the most tokens seen in one."""
+OVERDUE_NS = 1_000_000_000
+"""A step that takes so much longer than any before may never end."""
 LEAST_NS = 1_000_000
 """No first token comes sooner; a ratio to less would say nothing."""
 
@@ -130,6 +132,10 @@ class EngineForecast:
         self._forget(request)
         self._departures.leave(request)
 
+    def rest(self) -> None:
+        """Nothing of ours is left on the worker, though no step may have told: its last requests were cancelled."""
+        self._began_ns = None
+
     def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0) -> Step | None:
         """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began."""
         began_ns, tokens, has_chunks = self._began_ns, self._started_tokens, self._has_chunks
@@ -178,6 +184,10 @@ class EngineForecast:
     def is_known(self) -> bool:
         """Enough prompts have been seen to say anything."""
         return self._prefill_steps >= WARM
+
+    def is_overdue(self, now_ns: int) -> bool:
+        """Should the running step have ended long ago?"""
+        return self._began_ns is not None and now_ns - self._began_ns > self._fit.most_y + OVERDUE_NS
 
     def step_ns(self) -> float:
         """A step without a prompt."""

@@ -75,6 +75,15 @@ class Worker(msgspec.Struct, kw_only=True):
         left = self.limit.value - self.held.sequences
         return left if left > 0 else 0
 
+    def is_overdue(self, now_ns: int) -> bool:
+        """It has requests, and does not go on with them: it may hang, or cannot be reached."""
+        return self.held.requests > 0 and self.forecast.is_overdue(now_ns)
+
+    def rest(self) -> None:
+        """It has nothing to do."""
+        self.forecast.rest()
+        self.pace.rest()
+
     def weight(self, now_ns: int) -> float:
         """Rises to 1 while a new worker's caches fill."""
         if not self.is_new:
@@ -125,11 +134,11 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
 
 
 def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
-    """Those whose breaker is open, as far as there may be so many at once; never the last one.
+    """Those whose breaker is open or whose step is overdue, as far as there may be so many at once; never the last one.
 
     `workers` are all that serve a model: a full one counts, so that nobody is sent to a broken one instead.
     """
-    ejected = [worker.name for worker in workers if not worker.breaker.allows(now_ns)]
+    ejected = [worker.name for worker in workers if not worker.breaker.allows(now_ns) or worker.is_overdue(now_ns)]
     if not ejected:
         return set()
     return set(ejected[: min(max(1, len(workers) // EJECTED_SHARE), len(workers) - 1)])

@@ -275,7 +275,9 @@ class Scheduler:
         takers = [
             worker
             for worker in self._takers(ticket.model, ticket.band, False, ticket.input_tokens, now_ns)
-            if worker.name not in ticket.avoid and worker.breaker.state(now_ns) == "closed"
+            if worker.name not in ticket.avoid
+            and worker.breaker.state(now_ns) == "closed"
+            and not worker.is_overdue(now_ns)
         ]
         route = self.choose(takers, ticket, now_ns)
         if route is None:
@@ -330,6 +332,8 @@ class Scheduler:
 
     def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, now_ns: int) -> Placement:
         worker = route.worker
+        if not worker.held.requests:
+            worker.rest()
         worker.breaker.began(now_ns)
         worker.prefixes.use(ticket.blocks)
         self.leave(ticket.request)

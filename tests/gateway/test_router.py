@@ -1,4 +1,4 @@
-"""Where requests go: prefixes, load, sessions, breakers and warm-up."""
+"""Where requests go: prefixes, load, sessions, breakers, silence and warm-up."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from gateway.order import Ticket
 from gateway.prefixes import cut
 from gateway.router import WARM_UP_NS
 from gateway.scheduler import Scheduler
+from protos.core.contract import Load
 from tests.gateway.fakes import chat_body, gateway, in_virtual_time, model_info, settle_down
 
 TEXT = random.Random(1).randbytes(400_000)
@@ -62,6 +63,12 @@ class Fleet:
         worker = self.send(prompt, **ticket)
         self.end()
         return worker
+
+    def step(self, worker: str, after_ns: int = 0) -> None:
+        """One of its steps ends; answers go on."""
+        self.now_ns += after_ns
+        self.scheduler.worker_reported(worker, Load(running=1), is_draining=False)
+        self.scheduler.stepped(worker, self.now_ns)
 
     def fail(self, worker: str, times: int = 5) -> None:
         for _ in range(times):
@@ -187,6 +194,57 @@ def test_ejected_worker_is_tried_again_and_taken_back() -> None:
     assert fleet.send() == "w1"
     fleet.scheduler.attempt_ended("w0", Verdict.SUCCESS, fleet.now_ns)
     assert {fleet.send() for _ in range(4)} == {"w0", "w1"}
+
+
+# ---------------------------------------------------------------- silence
+
+
+def hung_fleet(workers: int) -> Fleet:
+    """The first one does not end a step that began two seconds ago; those of the others take 20 ms."""
+    fleet = Fleet(workers)
+    for number in range(workers):
+        assert fleet.send() == f"w{number}"
+    for _ in range(100):
+        fleet.now_ns += SECOND_NS // 50
+        for number in range(1, workers):
+            fleet.step(f"w{number}")
+    return fleet
+
+
+def test_worker_whose_step_does_not_end_gets_nothing_more_until_it_does() -> None:
+    fleet = hung_fleet(3)
+    assert {fleet.send() for _ in range(8)} == {"w1", "w2"}
+    fleet.step("w0")
+    assert "w0" in {fleet.send() for _ in range(3)}
+
+
+def test_only_worker_gets_requests_though_its_step_does_not_end() -> None:
+    assert hung_fleet(1).send() == "w0"
+
+
+def test_step_that_takes_as_long_as_the_longest_is_waited_for() -> None:
+    fleet = Fleet(2)
+    assert [fleet.send(), fleet.send()] == ["w0", "w1"]
+    fleet.now_ns += 5 * SECOND_NS
+    for request, name in ((1, "w0"), (2, "w1")):
+        fleet.scheduler.started(request, fleet.now_ns)
+        fleet.step(name)
+    fleet.now_ns += 5 * SECOND_NS
+    assert {fleet.send(), fleet.send()} == {"w0", "w1"}
+
+
+def test_idle_time_is_no_step() -> None:
+    """The last request is cancelled before its first token: no frame tells that the step has ended."""
+    fleet = Fleet(2)
+    assert [fleet.send(), fleet.send()] == ["w0", "w1"]
+    for request in (1, 2):
+        fleet.scheduler.release(request)
+    fleet.now_ns += 100 * SECOND_NS
+    assert {fleet.send(), fleet.send()} == {"w0", "w1"}
+    for name in ("w0", "w1"):
+        fleet.step(name, after_ns=SECOND_NS // 100)
+    steps_ns = {worker.forecast.step_ns() for worker in fleet.scheduler.workers}
+    assert max(steps_ns) <= SECOND_NS // 50
 
 
 # ---------------------------------------------------------------- warm-up
