@@ -30,6 +30,7 @@ from engine.backends.vllm_load import LoadRecorder
 from engine.backends.vllm_plugin import WORKER_PID
 from engine.backends.vllm_processes import EngineProcesses
 from engine.backends.vllm_resume import Continuation
+from engine.backends.vllm_sockets import VllmSockets
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
@@ -122,6 +123,7 @@ class VllmBackend:
         self._loading: asyncio.Future[Any] | None = None
         self._recorder = LoadRecorder()
         self._processes = EngineProcesses()
+        self._sockets = VllmSockets()
         self._requests: set[_Request] = set()
         self._tasks = asyncio.TaskGroup()
         self._numbers = itertools.count()
@@ -132,6 +134,7 @@ class VllmBackend:
 
     async def start(self) -> ModelInfo:
         _set_environment(self._settings)
+        self._sockets.open()
         self._loading = asyncio.get_running_loop().run_in_executor(None, self._make_engine)
         self._engine = await asyncio.shield(self._loading)
         config = self._engine.vllm_config
@@ -186,6 +189,7 @@ class VllmBackend:
             await asyncio.to_thread(self._engine.shutdown)
         elif self._loading is not None:
             await self._stop_loading(self._loading)
+        self._sockets.close()
 
     async def _stop_loading(self, loading: asyncio.Future[Any]) -> None:
         """A thread cannot be stopped, but loading ends soon without the processes that it starts."""
