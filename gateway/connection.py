@@ -12,7 +12,7 @@ import functools
 from typing import Any
 
 import httptools
-from uvicorn._types import ASGI3Application
+from uvicorn._types import ASGI3Application, ASGISendCallable
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from gateway.answers import render_error
@@ -149,16 +149,19 @@ class Connection(HttpToolsProtocol):
     def _start_asgi_task(self, cycle: RequestResponseCycle, app: ASGI3Application) -> None:
         self._running = cycle
         scope: dict[str, Any] = cycle.scope  # type: ignore[assignment]
-        self._wire = scope[WIRE] = Wire(cycle)
+        if _knows_chunks(scope):
+            self._wire = scope[WIRE] = Wire(cycle)
+        else:
+            self._wire = None
         super()._start_asgi_task(cycle, functools.partial(self._answer, cycle, app))
 
     async def _answer(
         self, cycle: RequestResponseCycle, app: ASGI3Application, scope: Any, receive: Any, send: Any
     ) -> None:
         try:
-            await app(scope, receive, send)
+            await app(scope, receive, send if _knows_chunks(scope) else functools.partial(_send_unframed, cycle, send))
         finally:
-            del scope[WIRE]  # which knows the cycle, which knows the scope: left so, it would be the collector's
+            scope.pop(WIRE, None)  # which knows the cycle, which knows the scope: left so, it would be the collector's
         if not (cycle.response_complete or cycle.disconnected):  # given up: the client does not read
             cycle.disconnected = True
             self.transport.abort()
@@ -242,6 +245,20 @@ class Connection(HttpToolsProtocol):
             self.transport.close()
         else:
             self.transport.abort()
+
+
+def _knows_chunks(scope: dict[str, Any]) -> bool:
+    """Clients of HTTP/1.0 take the end of the connection for the end of a body, and the frames of chunks for its text."""
+    return str(scope["http_version"]) >= "1.1"
+
+
+async def _send_unframed(cycle: RequestResponseCycle, send: ASGISendCallable, message: Any) -> None:
+    """uvicorn's `send`, which would write a body of no declared length in chunks."""
+    if message["type"] == "http.response.start":
+        cycle.chunked_encoding = False
+    else:
+        cycle.expected_content_length = len(message.get("body", b""))
+    await send(message)
 
 
 def _new_parser(connection: Connection) -> httptools.HttpRequestParser:

@@ -111,6 +111,26 @@ def dechunk(data: bytes) -> bytes:
             return b"".join(parts)
 
 
+def test_stream_to_http_1_0_has_no_chunks_and_ends_with_its_connection(g: GatewayProcess) -> None:
+    request = http_request(CHAT, chat(stream=True), "Connection: keep-alive").replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    head, _, body = read_to_end(g.raw(request)).partition(b"\r\n\r\n")
+    assert head.startswith(b"HTTP/1.1 200 OK")
+    assert b"transfer-encoding" not in head
+    assert b"connection: close" in head.split(b"\r\n")
+    *events, rest = body.split(b"\n\n")
+    assert rest == b""
+    assert len(events) == 7  # role, four tokens, reason, end
+    assert all(event.startswith(b"data: ") for event in events)
+
+
+def test_client_of_http_1_0_that_leaves_is_cancelled(g: GatewayProcess) -> None:
+    request = http_request(CHAT, chat(SLOW, stream=True, max_tokens=5_000)).replace(b"HTTP/1.1", b"HTTP/1.0", 1)
+    connection = g.raw(request)
+    assert connection.recv(1) == b"H"
+    connection.close()
+    wait_for(lambda: g.state()["leases"] == 0, "the worker lets go")
+
+
 def test_connection_is_used_again(g: GatewayProcess) -> None:
     connection = g.connect()
     for number in range(3):
