@@ -37,6 +37,8 @@ def _rule(description: str, **schema: Any) -> msgspec.Meta:
 
 NOT_SUPPORTED = "Not supported."
 TEXT_FORMAT = {"required": ["type"], "properties": {"type": {"const": "text"}}}
+TextFormat = Annotated[dict[str, Any], _rule("Text only.", **TEXT_FORMAT)]
+OnlyTrue = Annotated[bool, _rule("False is not supported.", const=True)]
 NoList = Annotated[list[Any], _rule(NOT_SUPPORTED, maxItems=0)]
 NoValue = Annotated[Any, _rule(NOT_SUPPORTED, enum=[None, False, 0, "", [], {}])]
 LogitBias = Annotated[
@@ -50,7 +52,7 @@ class StreamOptions(msgspec.Struct):
 
 
 class _SamplingFields(msgspec.Struct, kw_only=True):
-    """What the OpenAI endpoints share; the second group are vLLM's extensions."""
+    """What the endpoints share; the second group are vLLM's extensions, the third those that are not supported."""
 
     model: str | None = None
     max_tokens: Count | None = None
@@ -76,6 +78,20 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     include_stop_str_in_output: bool | None = None
     skip_special_tokens: bool | None = None
 
+    structured_outputs: NoValue = None
+    guided_json: NoValue = None
+    guided_regex: NoValue = None
+    guided_choice: NoValue = None
+    guided_grammar: NoValue = None
+    allowed_token_ids: NoValue = None
+    bad_words: NoValue = None
+    use_beam_search: NoValue = None
+    truncate_prompt_tokens: NoValue = None
+    prompt_logprobs: NoValue = None
+    return_token_ids: NoValue = None
+    return_tokens_as_token_ids: NoValue = None
+    cache_salt: NoValue = None
+
 
 class ChatBody(_SamplingFields, kw_only=True):
     """Body of POST /v1/chat/completions."""
@@ -91,9 +107,16 @@ class ChatBody(_SamplingFields, kw_only=True):
     tool_choice: Annotated[Any, _rule(NOT_SUPPORTED, enum=[None, "none", "auto"])] = None
     functions: NoList | None = None
     function_call: NoValue = None
-    response_format: Annotated[dict[str, Any], _rule("Text only.", **TEXT_FORMAT)] | None = None
+    response_format: TextFormat | None = None
     modalities: Annotated[list[str], _rule("Text only.", const=["text"])] | None = None
     audio: NoValue = None
+
+    add_generation_prompt: OnlyTrue | None = None
+    continue_final_message: NoValue = None
+    add_special_tokens: NoValue = None
+    chat_template: NoValue = None
+    documents: NoValue = None
+    echo: NoValue = None
 
 
 class CompletionBody(_SamplingFields, kw_only=True):
@@ -104,17 +127,21 @@ class CompletionBody(_SamplingFields, kw_only=True):
     echo: Annotated[bool, _rule(NOT_SUPPORTED, const=False)] | None = None
     suffix: Annotated[str, _rule(NOT_SUPPORTED, maxLength=0)] | None = None
     best_of: Annotated[int, _rule("Not supported, but as `n`.")] | None = None
+    response_format: TextFormat | None = None
+    add_special_tokens: OnlyTrue | None = None
+    prompt_embeds: NoValue = None
 
 
-class GenerateBody(msgspec.Struct, kw_only=True):
-    """Body of POST /generate."""
+class GenerateBody(_SamplingFields, kw_only=True):
+    """Body of POST /generate: one text in, one text out, at once."""
 
     prompt: Text
-    model: str | None = None
-    max_tokens: Count | None = None
-    temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
-    top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
-    frequency_penalty: Penalty | None = None
+    n: Annotated[int, msgspec.Meta(ge=1, le=1)] | None = None
+    stream: NoValue = None
+    logprobs: NoValue = None
+    echo: NoValue = None
+    response_format: TextFormat | None = None
+    add_special_tokens: OnlyTrue | None = None
 
 
 class TextPart(msgspec.Struct):
@@ -193,6 +220,18 @@ _kwargs_decoder = msgspec.json.Decoder(dict[str, Any])
 _token_ids_decoder_type = tuple[TokenId, ...]
 
 
+def _names_of(*types: Any) -> dict[type[msgspec.Struct], tuple[str, ...]]:
+    """Fields of these types, by body."""
+    return {
+        body: tuple(field.name for field in msgspec.structs.fields(body) if field.type in types)
+        for body in (ChatBody, CompletionBody, GenerateBody)
+    }
+
+
+_UNSUPPORTED = _names_of(NoValue, NoList | None)
+_ONLY_TRUE = _names_of(OnlyTrue | None)
+
+
 def parse_chat(body: bytes) -> Call | InvalidRequest:
     """A body of /v1/chat/completions."""
     return _guarded(_parse_chat, body)
@@ -217,7 +256,9 @@ def _guarded(parse: Callable[[bytes], Call], body: bytes) -> Call | InvalidReque
         return error
     except msgspec.ValidationError as error:
         return _explain(str(error))
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
+        return InvalidRequest(f"the body is not UTF-8, or is compressed: {error}", code="invalid_json")
+    except msgspec.DecodeError as error:
         return InvalidRequest(f"the body is not valid JSON: {error}", code="invalid_json")
     except RecursionError:
         return InvalidRequest("the body is nested too deeply", code="invalid_json")
@@ -239,11 +280,9 @@ def _parse_chat(body: bytes) -> Call:
     chat = _chat_decoder.decode(body)
     messages = bytes(chat.messages)
     _check_messages(messages)
-    _refuse_unsupported(chat, ("tools", "functions", "function_call", "audio"))
+    _refuse_unsupported(chat)
     if chat.tool_choice not in (None, "none", "auto"):
         raise _unsupported("tool_choice")
-    if chat.response_format is not None and chat.response_format.get("type") != "text":
-        raise _unsupported("response_format")
     if chat.modalities not in (None, ["text"]):
         raise _unsupported("modalities")
     if chat.top_logprobs is not None and not chat.logprobs:
@@ -265,6 +304,7 @@ def _parse_chat(body: bytes) -> Call:
 
 def _parse_completion(body: bytes) -> Call:
     completion = _completion_decoder.decode(body)
+    _refuse_unsupported(completion)
     if completion.echo:
         raise _unsupported("echo")
     if completion.suffix:
@@ -284,16 +324,13 @@ def _parse_completion(body: bytes) -> Call:
 
 def _parse_generate(body: bytes) -> Call:
     generate = _generate_decoder.decode(body)
-    return Call(
-        model=generate.model,
+    _refuse_unsupported(generate)
+    return _call(
+        generate,
         prompt=TextPrompt(generate.prompt),
         prompt_bytes=generate.prompt.encode(),
-        sampling=Sampling(
-            max_tokens=generate.max_tokens or 16,
-            temperature=generate.temperature,
-            top_p=generate.top_p,
-            frequency_penalty=generate.frequency_penalty,
-        ),
+        max_tokens=generate.max_tokens or 16,
+        logprobs=None,
     )
 
 
@@ -389,10 +426,15 @@ def _logit_bias(bias: dict[str, float] | None) -> dict[int, float]:
         raise InvalidRequest("logit_bias: keys must be token ids", param="logit_bias") from None
 
 
-def _refuse_unsupported(fields: msgspec.Struct, names: tuple[str, ...]) -> None:
-    for name in names:
+def _refuse_unsupported(fields: ChatBody | CompletionBody | GenerateBody) -> None:
+    for name in _UNSUPPORTED[type(fields)]:
         if getattr(fields, name):
             raise _unsupported(name)
+    for name in _ONLY_TRUE[type(fields)]:
+        if getattr(fields, name) is False:
+            raise _unsupported(name)
+    if fields.response_format is not None and fields.response_format.get("type") != "text":
+        raise _unsupported("response_format")
 
 
 def _unsupported(name: str) -> InvalidRequest:

@@ -248,7 +248,7 @@ class Connection(HttpToolsProtocol):
 
 
 def _knows_chunks(scope: dict[str, Any]) -> bool:
-    """Clients of HTTP/1.0 take the end of the connection for the end of a body, and the frames of chunks for its text."""
+    """Clients of HTTP/1.0 take the end of the connection for the end of a body, and the sizes of chunks for text."""
     return str(scope["http_version"]) >= "1.1"
 
 

@@ -84,6 +84,14 @@ def completion(**fields: Any) -> bytes:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
+        ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
+        ({"guided_json": {"type": "object"}}, "guided_json"),
+        ({"allowed_token_ids": [5]}, "allowed_token_ids"),
+        ({"cache_salt": "mine"}, "cache_salt"),
+        ({"add_generation_prompt": False}, "add_generation_prompt"),
+        ({"continue_final_message": True}, "continue_final_message"),
+        ({"chat_template": "{{ messages }}"}, "chat_template"),
+        ({"echo": True}, "echo"),
     ],
 )
 def test_bad_chat_field_is_named(fields: dict[str, Any], param: str) -> None:
@@ -113,6 +121,10 @@ def test_bad_chat_field_is_named(fields: dict[str, Any], param: str) -> None:
         ({"echo": True}, "echo"),
         ({"suffix": "x"}, "suffix"),
         ({"best_of": 3}, "best_of"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
+        ({"guided_regex": "[ab]"}, "guided_regex"),
+        ({"add_special_tokens": False}, "add_special_tokens"),
+        ({"prompt_embeds": "AAAA"}, "prompt_embeds"),
         ({"logprobs": 6}, "logprobs"),
         ({"logprobs": True}, "logprobs"),
         ({"max_tokens": -5}, "max_tokens"),
@@ -133,6 +145,11 @@ def test_bad_completion_field_is_named(fields: dict[str, Any], param: str) -> No
         (b"{}", "prompt"),
         (b'{"prompt": "a", "max_tokens": -1}', "max_tokens"),
         (b'{"prompt": "a", "temperature": 9}', "temperature"),
+        (b'{"prompt": "a", "stream": true}', "stream"),
+        (b'{"prompt": "a", "n": 2}', "n"),
+        (b'{"prompt": "a", "stop": ""}', "stop"),
+        (b'{"prompt": "a", "logprobs": 1}', "logprobs"),
+        (b'{"prompt": "a", "structured_outputs": {"json": {}}}', "structured_outputs"),
     ],
 )
 def test_bad_generate_field_is_named(body: bytes, param: str) -> None:
@@ -257,6 +274,25 @@ def type_of_chat() -> Any:
 
 def test_unknown_fields_are_tolerated() -> None:
     assert isinstance(parse_chat(chat(store=True, metadata={"a": "b"}, service_tier="auto")), Call)
+
+
+@pytest.mark.parametrize("parse", PARSERS.values(), ids=PARSERS)
+def test_fields_that_are_not_supported_may_say_nothing(parse: Any) -> None:
+    said = {"messages": MESSAGES, "prompt": "hi", "structured_outputs": None, "guided_choice": [], "bad_words": []}
+    said |= {
+        "echo": False,
+        "response_format": {"type": "text"},
+        "truncate_prompt_tokens": None,
+        "use_beam_search": False,
+    }
+    assert isinstance(parse(json.dumps(said).encode()), Call)
+
+
+def test_generate_takes_what_completions_take() -> None:
+    call = parse_generate(b'{"prompt": "a", "stop": ["x"], "seed": 7, "n": 1, "stream": false, "priority": "batch"}')
+    assert isinstance(call, Call)
+    assert (call.sampling.stop, call.sampling.seed, call.priority) == (("x",), 7, "batch")
+    assert not call.is_stream
 
 
 @pytest.mark.parametrize(
