@@ -50,6 +50,7 @@ def engine(
 ) -> None:
     """Run a worker: one engine behind gRPC, for a gateway."""
     if context.invoked_subcommand is not None:
+        _refuse_options_before(context, context.invoked_subcommand)
         return
     flags = {
         "backend": backend,
@@ -69,6 +70,15 @@ def engine(
     settings = load_settings(config, dict(os.environ), flags)
     _configure_logging(settings)
     raise typer.Exit(_run(settings))
+
+
+def _refuse_options_before(context: typer.Context, command: str) -> None:
+    """They are the worker's, and a command beside it would go on without them. Raises ConfigError."""
+    for parameter in context.command.params:
+        source = context.get_parameter_source(parameter.name or "")
+        if source is not None and source.name == "COMMANDLINE":
+            name = parameter.opts[0]
+            raise ConfigError(f"{name} is before '{command}', where it is the worker's and has no effect: put it after")
 
 
 @engine_app.command()

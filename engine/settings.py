@@ -9,7 +9,12 @@ import msgspec
 
 from engine.sim.parameters import SimParameters
 
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+Seconds = Annotated[float, msgspec.Meta(ge=0)]
+Gib = Annotated[float, msgspec.Meta(gt=0)]
+Share = Annotated[float, msgspec.Meta(gt=0, le=1)]
 DEFAULT_MODEL = "SmolLM2-135M-Instruct"
 
 
@@ -24,18 +29,18 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     lora: dict[str, str] = {}
     """Folders of LoRA adapters by the names that clients use, in section [engine.lora]."""
     host: str = "127.0.0.1"
-    port: int = 9101
+    port: Port = 9101
     name: str = "worker-1"
     profile: str = ""
-    drain_s: float = 60.0
+    drain_s: Seconds = 60.0
     """After SIGTERM running requests get this long to finish."""
     is_verbose: bool = False
     step_log: str = ""
     """File to which the engine's steps and requests are written, for `tidegate engine calibrate`."""
 
-    max_model_len: int | None = None
-    max_num_seqs: int | None = None
-    max_num_batched_tokens: int | None = None
+    max_model_len: Positive | None = None
+    max_num_seqs: Positive | None = None
+    max_num_batched_tokens: Positive | None = None
     yielding_tokens: NotNegative | None = None
     """Prompt tokens that one step computes of requests of the bands below the second, so that those of the first two
     can start soon; a 32nd of `max_num_batched_tokens` without it, 0 for no limit. Requests of one band do not yield."""
@@ -43,12 +48,12 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     dtype: str = "auto"
     """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""
     quantization: str | None = None
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Positive = 1
     enforce_eager: bool | None = None
     """Skip compiling: by default on a CPU only, where it takes minutes."""
-    gpu_memory_utilization: float | None = None
+    gpu_memory_utilization: Share | None = None
     """Share of a GPU's memory that vLLM may use."""
-    kv_cache_gib: float | None = None
+    kv_cache_gib: Gib | None = None
     """Size of the KV cache; on a GPU it follows from `gpu_memory_utilization` where this is not given."""
     cpu_cores: str = "auto"
     """Cores for vLLM on the CPU, as "0-3"; "auto" is all of up to four, and vLLM's own choice of more."""

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
+
+Cost = Annotated[float, msgspec.Meta(ge=0)]
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Work(msgspec.Struct, frozen=True):
@@ -25,16 +30,16 @@ class SimParameters(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fi
     context that they read.
     """
 
-    step_us: float = 0.0
-    prefill_token_us: float = 0.0
-    prefill_pair_ns: float = 0.0
-    decode_us: float = 0.0
-    kv_token_ns: float = 0.0
-    step_ms: float | None = None
+    step_us: Cost = 0.0
+    prefill_token_us: Cost = 0.0
+    prefill_pair_ns: Cost = 0.0
+    decode_us: Cost = 0.0
+    kv_token_ns: Cost = 0.0
+    step_ms: Cost | None = None
     """Fixed duration of every step, in place of the formula: for benchmarks that want an exact pace."""
-    kv_blocks: int = 65_536
-    kv_block_tokens: int = 16
-    mean_output_tokens: int = 128
+    kv_blocks: Positive = 65_536
+    kv_block_tokens: Positive = 16
+    mean_output_tokens: Positive = 128
     """Mean number of tokens until end-of-sequence, where the request does not ignore it."""
 
     def duration_ns(self, work: Work) -> int:

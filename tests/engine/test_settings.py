@@ -57,6 +57,28 @@ def test_unknown_key_names_the_nearest(tmp_path: Path) -> None:
         load_settings(file, {}, {})
 
 
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("port", 65536),
+        ("port", -1),
+        ("drain_s", -1),
+        ("max_model_len", 0),
+        ("max_num_seqs", -1),
+        ("max_num_batched_tokens", 0),
+        ("tensor_parallel_size", 0),
+        ("gpu_memory_utilization", 92),
+        ("kv_cache_gib", 0),
+        ("sim.step_us", -1),
+        ("sim.kv_block_tokens", 0),
+        ("sim.kv_blocks", 0),
+    ],
+)
+def test_number_that_cannot_work_is_refused_by_name(key: str, value: float) -> None:
+    with pytest.raises(ConfigError, match=f"engine.{key}: expected"):
+        load_settings(None, {}, {"backend": "sim", key: value})
+
+
 async def test_cache_too_small_for_the_context_is_refused() -> None:
     with pytest.raises(ConfigError, match="kv_blocks"):
         await SimBackend(EngineSettings(backend="sim", max_model_len=2_000_000)).start()
