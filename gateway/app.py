@@ -17,12 +17,15 @@ from gateway.admission import unknown_model
 from gateway.answers import ChatAnswer, CompletionAnswer, GenerateAnswer, render_error
 from gateway.calls import parse_chat, parse_completion, parse_generate
 from gateway.fleet import Fleet
+from gateway.identity import authorization, identify
 from gateway.openapi import operator_document, public_document
 from gateway.operator import worker_routes, worker_states
 from gateway.pipeline import Endpoint, Pipeline
 from gateway.recorder import Recorder
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.tenants import Tenant
+from gateway.terms import check_model
 from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import InvalidRequest, RequestError
 
@@ -53,15 +56,20 @@ def public_app(pipeline: Pipeline, fleet: Fleet, scheduler: Scheduler, limits: L
     """OpenAI's API, /generate, and the probes."""
 
     @_get("/v1/models")
-    def models() -> dict[str, Any]:
-        return {"object": "list", "data": list(_models(scheduler).values())}
+    def models(request: Request[Any, Any, Any]) -> dict[str, Any]:
+        tenant = _tenant(pipeline, request)
+        entries = [entry for name, entry in _models(scheduler).items() if check_model(name, tenant) is None]
+        return {"object": "list", "data": entries}
 
     @_get("/v1/models/{model:path}")
-    def model(model: FromPath[str]) -> dict[str, Any]:
+    def model(request: Request[Any, Any, Any], model: FromPath[str]) -> dict[str, Any]:
+        tenant = _tenant(pipeline, request)
         name = model.removeprefix("/")
         entry = _models(scheduler).get(name)
         if entry is None:
             raise unknown_model(name)
+        if refusal := check_model(name, tenant):
+            raise refusal
         return entry
 
     def document() -> bytes:
@@ -139,6 +147,15 @@ def _probes(pipeline: Pipeline, fleet: Fleet) -> list[Any]:
         return Response({"status": "ready"})
 
     return [health, ready]
+
+
+def _tenant(pipeline: Pipeline, request: Request[Any, Any, Any]) -> Tenant:
+    """Who asks; a refusal is raised."""
+    headers = request.scope["headers"]
+    name = pipeline.tenants.authenticate(authorization(headers), identify(headers).tenant)
+    if isinstance(name, RequestError):
+        raise name
+    return pipeline.tenants.get(name)
 
 
 def _models(scheduler: Scheduler) -> dict[str, dict[str, Any]]:

@@ -126,12 +126,19 @@ PUBLIC = (
     _inference("/v1/chat/completions", "Answer a chat.", ChatBody, shapes.ChatCompletion, shapes.ChatCompletionChunk),
     _inference("/v1/completions", "Continue a prompt.", CompletionBody, shapes.Completion, shapes.Completion),
     _inference("/generate", "Continue a prompt, in the smallest form.", GenerateBody, shapes.Generated),
-    Operation(path="/v1/models", summary="The models that are served now.", answers={200: shapes.ModelList}),
+    Operation(
+        path="/v1/models",
+        summary="The models that are served now, and that the tenant may use.",
+        answers={200: shapes.ModelList},
+        parameters=(telemetry.TENANT,),
+        refusals=(InvalidRequest, Unauthenticated, Forbidden),
+    ),
     Operation(
         path="/v1/models/{model}",
         summary="One of them.",
         answers={200: shapes.Model},
-        refusals=(UnknownModel,),
+        parameters=(telemetry.TENANT,),
+        refusals=(InvalidRequest, Unauthenticated, Forbidden, UnknownModel),
     ),
     *PROBES,
 )
@@ -221,7 +228,7 @@ def _answer(operation: Operation, status: int, kind: Any) -> Json:
     if operation.event is not None:
         content[EVENTS] = {"schema": _events(operation.event)}
     answer: Json = {"description": "As asked." if status < 400 else "Not now.", "content": content}
-    if operation.refusals:
+    if telemetry.REQUEST_ID in operation.parameters:
         answer["headers"] = _headers(ANSWER_HEADERS | WORKER_HEADER)
     return answer
 

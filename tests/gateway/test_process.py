@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 
 from deploy.cli import main
+from gateway.tenants import new_key
 from protos.core import journal
 from protos.core.capture import CaptureEntry, FullContent, read_capture
 from protos.core.contract import PROTOCOL
@@ -176,6 +177,34 @@ def test_head_is_get_without_the_body(g: GatewayProcess, path: str) -> None:
     status, headers, body = g.request("HEAD", path)
     assert (status, body) == (200, b"")
     assert int(headers["content-length"]) == len(g.request("GET", path)[2])
+
+
+def test_models_are_told_to_who_may_use_them(workers: tuple[str, str], tmp_path: Path) -> None:
+    keys = {name: new_key() for name in ("all", "fast")}
+    config = "".join(f'[gateway.tenants.{name}]\nkeys = ["{key_hash}"]\n' for name, (_, key_hash) in keys.items())
+    keyed = GatewayProcess(tmp_path, *workers, config=f'{config}models = ["{FAST}"]\n')
+
+    def ask(path: str, tenant: str | None = None, **headers: str) -> tuple[int, Any]:
+        if tenant is not None:
+            headers["authorization"] = f"Bearer {keys[tenant][0]}"
+        status, _, body = keyed.request("GET", path, headers=headers)
+        return status, json.loads(body)
+
+    def names(tenant: str) -> set[str]:
+        return {model["id"] for model in ask("/v1/models", tenant)[1]["data"]}
+
+    try:
+        keyed.start(2)
+        assert ask("/v1/models")[0] == ask(f"/v1/models/{FAST}")[0] == 401
+        assert ask("/v1/models", authorization="Bearer tg-wrong")[1]["error"]["code"] == "invalid_api_key"
+        assert ask("/v1/models", "all", **{"x-tidegate-tenant": "fast"})[0] == 403
+        assert names("all") == {FAST, SLOW}
+        assert names("fast") == {FAST}
+        assert ask(f"/v1/models/{SLOW}", "all")[0] == 200
+        assert ask(f"/v1/models/{SLOW}", "fast")[0] == 403
+        assert ask("/v1/models/gpt-9", "fast")[0] == 404
+    finally:
+        keyed.kill()
 
 
 def test_operators_plane_is_not_on_the_public_listener(g: GatewayProcess) -> None:
