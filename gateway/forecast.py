@@ -65,10 +65,13 @@ class AnswerLength(msgspec.Struct, frozen=True):
 
 class _Prefill(msgspec.Struct):
     tokens: int
+    """That are left to compute."""
     is_running: bool
     """It was there when the running step began."""
-    has_chunks: bool = False
-    """A step has ended that did not compute all of it."""
+    is_yielding: bool = False
+    """The engine computes as much of it in a step as others leave."""
+    is_unknown: bool = False
+    """Steps have computed a part of it, and nobody knows how much."""
     answer: AnswerLength | None = None
 
 
@@ -92,7 +95,9 @@ class EngineForecast:
         """When the step that runs has begun; None while the worker is idle."""
         self._prefill_steps = 0
         self._started_tokens = 0
-        self._has_chunks = False
+        """That the running step has computed of the prompts whose first tokens came with its end."""
+        self._has_unknown = False
+        """Not all of it is known."""
         self._running = 0
         """Answers that the running step goes on with."""
         self._steps = 0
@@ -107,10 +112,18 @@ class EngineForecast:
 
     # -- what happens
 
-    def placed(self, request: int, tokens: int, now_ns: int, answer: AnswerLength | None = None) -> None:
+    def placed(
+        self,
+        request: int,
+        tokens: int,
+        now_ns: int,
+        answer: AnswerLength | None = None,
+        *,
+        is_yielding: bool = False,
+    ) -> None:
         """The worker was given a prompt."""
         is_running = self._began_ns is None
-        self._prefills[request] = _Prefill(tokens, is_running=is_running, answer=answer)
+        self._prefills[request] = _Prefill(tokens, is_running, is_yielding, answer=answer)
         self.unstarted_tokens += tokens
         if is_running:
             self._began_ns = now_ns
@@ -123,7 +136,7 @@ class EngineForecast:
         prefill = self._forget(request)
         if prefill is not None:
             self._started_tokens += prefill.tokens
-            self._has_chunks = self._has_chunks or prefill.has_chunks
+            self._has_unknown = self._has_unknown or prefill.is_unknown
             if prefill.answer is not None:
                 self._expect_end(request, prefill.answer, self._steps + 1)
 
@@ -138,23 +151,44 @@ class EngineForecast:
 
     def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0) -> Step | None:
         """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began."""
-        began_ns, tokens, has_chunks = self._began_ns, self._started_tokens, self._has_chunks
+        began_ns, tokens, has_unknown = self._began_ns, self._started_tokens, self._has_unknown
         ran, self._running = self._running, running
         self._steps += 1
         self._step_ns = None
         self._began_ns = None if is_idle and not self._prefills else now_ns
-        self._started_tokens, self._has_chunks = 0, False
+        self._started_tokens, self._has_unknown = 0, False
         if began_ns is None:
             return None
+        unfinished = [prefill for prefill in self._prefills.values() if prefill.is_running]
+        if unfinished:
+            part = self._compute_part(unfinished, self._batch_tokens - ran - tokens)
+            tokens += part
+            has_unknown = has_unknown or not part
         for prefill in self._prefills.values():
-            prefill.has_chunks = prefill.is_running
-            has_chunks = has_chunks or prefill.is_running
             prefill.is_running = True
         self._joined_tokens = self.unstarted_tokens
-        if not has_chunks:  # how many tokens a chunk had is not known
+        if not has_unknown:
             self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
-        return Step(now_ns - began_ns, tokens > 0 or has_chunks)
+        return Step(now_ns - began_ns, tokens > 0 or has_unknown)
+
+    def _compute_part(self, unfinished: list[_Prefill], budget: int) -> int:
+        """A step has ended that left prompts unfinished: what it computed of them, in order; 0 where nobody knows.
+
+        It had no tokens left where they are more than it could compute. Else something else held them up.
+        """
+        is_yielding = any(one.is_yielding for one in unfinished)
+        if is_yielding or not 0 < budget < sum([one.tokens for one in unfinished]):
+            for prefill in unfinished:
+                prefill.is_unknown = True
+            return 0
+        left = budget
+        for prefill in unfinished:
+            part = min(left, prefill.tokens)
+            prefill.tokens -= part
+            left -= part
+        self.unstarted_tokens -= budget
+        return budget
 
     def _forget(self, request: int) -> _Prefill | None:
         prefill = self._prefills.pop(request, None)
@@ -287,9 +321,10 @@ class QueueForecast:
         """A first token came `actual_ns` after its request."""
         self._correction(forecast, now_ns).learn(forecast, actual_ns)
 
-    def gave_up(self, forecast: Forecast, waited_ns: int, now_ns: int) -> None:
-        """No first token will come of it, and nobody knows how late it would have come."""
-        self._correction(forecast, now_ns).learn(forecast, int(LATER * max(waited_ns, forecast.sure_ns)))
+    def gave_up(self, forecast: Forecast, waited_ns: int, patience_ns: int, now_ns: int) -> None:
+        """No first token will come of it in time, and nobody knows how late it would have come."""
+        at_least_ns = max(waited_ns, min(forecast.sure_ns, patience_ns))
+        self._correction(forecast, now_ns).learn(forecast, int(LATER * at_least_ns))
 
     def _correction(self, forecast: Forecast, now_ns: int) -> Correction:
         if forecast.is_queued:

@@ -340,7 +340,8 @@ class Scheduler:
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
         self._history(ticket.model).placed(now_ns, others_wait=others_wait)
-        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length)
+        is_yielding = self._is_yielding(ticket.band, now_ns)
+        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, is_yielding=is_yielding)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
@@ -350,8 +351,7 @@ class Scheduler:
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
         self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
-        priority = ticket.band if self._is_yielding(ticket.band, now_ns) else 0
-        return Placement(ticket, worker.name, route.cached_tokens, priority)
+        return Placement(ticket, worker.name, route.cached_tokens, ticket.band if is_yielding else 0)
 
     def charged_tokens(self, request: int) -> int:
         """Output tokens that the placed request's tenant has been charged for."""
@@ -380,7 +380,8 @@ class Scheduler:
     def _learn_end(self, ticket: Ticket, now_ns: int) -> None:
         """It is given up."""
         if ticket.forecast is not None:
-            self._history(ticket.model).gave_up(ticket.forecast, now_ns - ticket.arrived_ns, now_ns)
+            patience_ns = ticket.deadline_ns - ticket.arrived_ns
+            self._history(ticket.model).gave_up(ticket.forecast, now_ns - ticket.arrived_ns, patience_ns, now_ns)
 
     def release(self, request: int, output_tokens: int = 0) -> None:
         """The request no longer runs on its worker; its tenant pays for the tokens that it made."""

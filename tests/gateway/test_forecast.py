@@ -102,6 +102,27 @@ def test_steps_of_parts_of_a_prompt_are_not_taken_for_steps_without_one() -> Non
     assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(before_ns, rel=0.25)
 
 
+def test_full_steps_teach_though_each_ends_within_a_prompt() -> None:
+    """An engine of small steps makes no others under load: nothing would be known of it, and all be admitted."""
+    budget, prompt, now_ns = 1_000, 1_500, 0
+    forecast = EngineForecast(budget)
+    step_ns = (STEP_MS + TOKEN_MS * budget) * MS
+    placed = started = partly = 0
+    for _ in range(3 * WARM):
+        for placed in range(placed + 1, started + 5):
+            forecast.placed(placed, prompt, now_ns)
+        now_ns += int(step_ns)
+        partly += budget
+        while partly >= prompt:
+            partly -= prompt
+            started += 1
+            forecast.started(started)
+        forecast.stepped(now_ns, is_idle=False)
+        assert forecast.unstarted_tokens == prompt * (placed - started) - partly
+    steps = -(-forecast.unstarted_tokens // budget)
+    assert forecast.raw_ns(1, now_ns) == pytest.approx(step_ns * steps, rel=0.02)
+
+
 def test_an_idle_worker_begins_its_step_with_the_prompt() -> None:
     steps = warm()
     steps.forecast.stepped(steps.now_ns, is_idle=True)
@@ -177,10 +198,19 @@ def test_the_margin_grows_with_the_requests_that_are_given_up() -> None:
         actual_ns = int(forecast.raw_ns * draw.lognormvariate(0, 0.3))
         given_up.append(actual_ns > deadline_ns)
         if given_up[-1]:
-            queue.gave_up(forecast, deadline_ns, 0)
+            queue.gave_up(forecast, deadline_ns, deadline_ns, 0)
         else:
             queue.learn(forecast, actual_ns, 0)
     assert 0.03 <= sum(given_up[500:]) / len(given_up[500:]) <= 0.06
+
+
+def test_requests_that_are_given_up_again_and_again_do_not_stretch_it_without_end() -> None:
+    """Those that nobody waits before are never refused, whatever is forecast."""
+    queue, patience_ns = QueueForecast(), 1_000 * MS
+    for _ in range(200):
+        forecast = queue.correct(600 * MS, 0, is_queued=False)
+        queue.gave_up(forecast, 0, patience_ns, 0)
+    assert forecast.sure_ns <= 2 * patience_ns
 
 
 @given(st.lists(st.floats(0, 100), min_size=WINDOW + 44, max_size=600))

@@ -1,6 +1,6 @@
 """Running answers keep their pace, and prompts are never held for ever."""
 
-from gateway.pace import BURST_STEPS, SHARE, Pace
+from gateway.pace import SAVED_STEPS, SHARE, Pace
 
 MS = 1_000_000
 TARGET_NS = 100 * MS
@@ -25,9 +25,9 @@ def test_answers_get_a_token_per_target_on_average_whatever_the_prompts() -> Non
 
 def test_prompts_that_are_not_computed_yet_use_up_the_credit() -> None:
     pace = Pace(TARGET_NS)
-    burst_ns = BURST_STEPS * SHARE * TARGET_NS
-    assert pace.allows(burst_ns, 0)
-    assert not pace.allows(burst_ns + MS, 0)
+    saved_ns = SAVED_STEPS * SHARE * TARGET_NS
+    assert pace.allows(saved_ns, 0)
+    assert not pace.allows(saved_ns + MS, 0)
 
 
 def test_a_step_takes_several_prompts_only_while_it_stays_short() -> None:

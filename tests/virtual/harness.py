@@ -62,7 +62,7 @@ class Result(msgspec.Struct):
     is_refused: bool = False
     """At once, when it arrived."""
     is_shed: bool = False
-    """It had waited, and would have been too late wherever it ran."""
+    """It would have been too late wherever it ran: at once, or when it had waited."""
 
     @property
     def ttft_ns(self) -> int:
@@ -176,7 +176,9 @@ class Gateway:
     def _place(self) -> None:
         decided = self.scheduler.place(self.now_ns)
         for number in decided.shed:
-            self.results[number].is_shed = True
+            result = self.results[number]
+            result.is_shed = True
+            result.is_refused = result.arrival.at_ns == self.now_ns
         for placement in decided.placed:
             number = placement.ticket.request
             self.results[number].dispatched_ns = self.now_ns

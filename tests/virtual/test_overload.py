@@ -15,12 +15,12 @@ NEARLY_FULL = 3.0
 """Requests per second that this engine can just serve in time."""
 
 
-def gateway(jitter: Callable[[], float] = lambda: 1.0) -> Gateway:
+def gateway(jitter: Callable[[], float] = lambda: 1.0, batch_tokens: int = ENGINE.max_batch_tokens) -> Gateway:
     return Gateway(
         ENGINE.parameters,
         workers=1,
         max_sequences=ENGINE.max_sequences,
-        max_batch_tokens=ENGINE.max_batch_tokens,
+        max_batch_tokens=batch_tokens,
         token_target_ns=SLO.tpot_ns,
         jitter=jitter,
     )
@@ -42,6 +42,17 @@ def test_goodput_under_overload_stays_at_its_peak(factor: int) -> None:
     assert goodput(results) >= 0.9 * peak
     admitted = [result for result in results if not result.is_refused]
     assert sum(not SLO.is_met(result) for result in admitted) <= 0.05 * len(admitted)
+
+
+@pytest.mark.parametrize("batch_tokens", [512, 2_048])
+def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch_tokens: int) -> None:
+    """Prompts of code completion, 1,500 tokens in the median: under overload no step ends with all it began."""
+    arrivals = poisson(8.0, SECONDS, slo=SLO, preset="azure-2023-code")
+    results = gateway(batch_tokens=batch_tokens).run(arrivals)
+    admitted = [result for result in results if not result.is_refused]
+    in_time = sum(bool(one.first_token_ns) and one.ttft_ns <= SLO.ttft_ns for one in admitted)
+    assert in_time >= 0.9 * len(admitted)
+    assert len(admitted) >= 2.5 * SECONDS
 
 
 def test_the_engine_alone_serves_nearly_nobody_in_time() -> None:
