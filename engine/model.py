@@ -7,7 +7,7 @@ safetensors, which vLLM loads like any other model.
 
 from __future__ import annotations
 
-import contextlib
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -83,6 +83,15 @@ def pull(name: str, advance: Advance, environ: Mapping[str, str] = os.environ) -
     folder = cache_folder(environ) / name
     if (folder / SUMS).is_file() and verify(folder, advance):
         return folder
+    try:
+        _make(name, folder, advance)
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(f"cannot make {folder}: {reason}; TIDEGATE_HOME chooses another place") from error
+    return folder
+
+
+def _make(name: str, folder: Path, advance: Advance) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=".pull-", dir=folder.parent) as scratch:
         made = Path(scratch) / "model"
@@ -92,9 +101,12 @@ def pull(name: str, advance: Advance, environ: Mapping[str, str] = os.environ) -
             _download_from_hub(name, made, advance)
         _write_sums(made, advance)
         shutil.rmtree(folder, ignore_errors=True)
-        with contextlib.suppress(FileExistsError):  # another pull was faster, and made the same
+        try:
             made.rename(folder)
-    return folder
+        except OSError as error:
+            if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                raise
+            # Another pull was faster, and made the same.
 
 
 def verify(folder: Path, advance: Advance) -> bool:

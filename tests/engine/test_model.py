@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,6 +72,29 @@ def test_damaged_model_is_pulled_again_whole(environ: dict[str, str], monkeypatc
     assert model.pull(DEFAULT_MODEL, silent, environ) == folder
     assert (folder / "weights").read_bytes() == b"1234"
     assert [path.name for path in folder.parent.iterdir()] == [DEFAULT_MODEL]
+
+
+def test_two_pulls_at_once_make_one_model(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = model.cache_folder(environ) / DEFAULT_MODEL
+    remove = shutil.rmtree
+
+    def remove_late(path: Path, **how: Any) -> None:
+        """The other pull is done between our last look and our rename."""
+        remove(path, **how)
+        if path == folder:
+            make_model(folder)
+
+    monkeypatch.setattr(model, "_make_default", lambda _scratch, made, _advance: make_model(made))
+    monkeypatch.setattr(shutil, "rmtree", remove_late)
+    assert model.pull(DEFAULT_MODEL, silent, environ) == folder
+    assert [path.name for path in folder.parent.iterdir()] == [DEFAULT_MODEL]
+    assert model.verify(folder, silent)
+
+
+def test_cache_that_cannot_be_written_is_named(environ: dict[str, str]) -> None:
+    Path(environ["TIDEGATE_HOME"]).write_text("a file")
+    with pytest.raises(ConfigError, match="TIDEGATE_HOME"):
+        model.pull(DEFAULT_MODEL, silent, environ)
 
 
 def test_failed_pull_leaves_nothing(environ: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
