@@ -30,7 +30,15 @@ class Command(msgspec.Struct, frozen=True):
 
     @property
     def address(self) -> str:
-        return f"{self.host}:{self.port}"
+        return address(self.host, self.port)
+
+
+def address(host: str, port: int) -> str:
+    """
+    >>> address("127.0.0.1", 8000), address("::1", 8000)
+    ('127.0.0.1:8000', '[::1]:8000')
+    """
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def choose_backend(wanted: str, configured: str, has_vllm: bool) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import signal
 import subprocess
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from deploy.plan import LOOPBACK, TIDEGATE, Command, choose_backend, has_vllm, plan
+from deploy.plan import LOOPBACK, TIDEGATE, Command, address, choose_backend, has_vllm, plan
 from deploy.settings import UpSettings
 from engine.cli import load_settings as load_engine_settings
 from engine.settings import DEFAULT_MODEL, EngineSettings
@@ -25,6 +26,9 @@ if TYPE_CHECKING:
 
     from deploy.stack import Stack
     from deploy.view import View
+
+
+LAST_PORT = 65535
 
 
 def up(
@@ -81,6 +85,7 @@ def prepare(settings: UpSettings, config: Path | None, console: Console) -> tupl
     backend = choose_backend(settings.backend, engine.backend, has_vllm())
     commands = plan(settings, backend, config)
     check_ports(commands, settings)
+    make_log_folder(Path(settings.log_dir))
     if backend == "sim":
         console.print(SIMULATED, soft_wrap=True, style="bold red")
     else:
@@ -133,8 +138,8 @@ def ensure_model(model: str) -> None:
 
 
 def check_ports(commands: list[Command], settings: UpSettings) -> None:
-    """Raises ConfigError for the first port that two parts share or somebody else has."""
-    from deploy.probe import is_port_free, port_owner
+    """Raises ConfigError for the first port that is none, that two parts share, or that cannot be had."""
+    from deploy.probe import bind_error, port_owner
 
     wanted = [("operator", LOOPBACK, settings.operator_port)] + [(part.name, part.host, part.port) for part in commands]
     seen: dict[int, str] = {}
@@ -142,12 +147,28 @@ def check_ports(commands: list[Command], settings: UpSettings) -> None:
         flag = {"gateway": "--port", "operator": "--operator-port"}.get(name, "--worker-port")
         if port in seen:
             raise ConfigError(f"{name} and {seen[port]} both want port {port}: choose another with {flag}")
+        if port > LAST_PORT:
+            raise ConfigError(f"port {port}, wanted for {name}, does not exist: choose a lower one with {flag}")
         seen[port] = name
-        if not is_port_free(host, port):
+        error = bind_error(host, port)
+        if error is not None and error.errno == errno.EADDRINUSE:
             raise ConfigError(
                 f"port {port} on {host}, wanted for {name}, is in use{port_owner(port)}: "
                 f"stop that, or choose another with {flag}"
             )
+        if error is not None:
+            raise ConfigError(
+                f"{name} cannot listen on port {port} of {host} ({error.strerror}): "
+                f"choose another with --host or {flag}"
+            )
+
+
+def make_log_folder(folder: Path) -> None:
+    """Raises ConfigError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"cannot write logs to {folder}: {error.strerror}; choose another with --log-dir") from None
 
 
 @contextlib.contextmanager
@@ -168,7 +189,8 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
 
 
 def next_steps(settings: UpSettings, model: str) -> str:
-    url = f"http://{LOOPBACK if settings.host == '0.0.0.0' else settings.host}:{settings.port}"
+    host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(settings.host, settings.host)
+    url = f"http://{address(host, settings.port)}"
     captures = settings.capture_dir
     return f"""\
 Try next, in another terminal:

@@ -73,6 +73,33 @@ def test_two_parts_on_one_port_are_refused() -> None:
         up.check_ports(plan(settings, "sim", None), settings)
 
 
+def test_address_of_another_machine_is_not_called_in_use() -> None:
+    settings = UpSettings(host="192.0.2.1", port=1)
+    with pytest.raises(ConfigError, match=r"gateway cannot listen on port 1 of 192\.0\.2\.1 .*--host") as refused:
+        up.check_ports(plan(settings, "sim", None), settings)
+    assert "in use" not in str(refused.value)
+
+
+def test_workers_beyond_the_last_port_are_refused() -> None:
+    settings = UpSettings(workers=2, worker_port=65535, port=22998, operator_port=22999)
+    with pytest.raises(ConfigError, match=r"port 65536, wanted for worker-2, .*--worker-port"):
+        up.check_ports(plan(settings, "sim", None), settings)
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [("127.0.0.1", "http://127.0.0.1:8000/"), ("::1", "http://[::1]:8000/"), ("::", "http://[::1]:8000/")],
+)
+def test_what_to_try_next_can_be_tried(host: str, url: str) -> None:
+    assert f" {url}v1/chat/completions" in up.next_steps(UpSettings(host=host), "m")
+
+
+def test_log_folder_that_cannot_be_is_refused_with_its_flag(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("a file")
+    with pytest.raises(ConfigError, match="--log-dir"):
+        up.make_log_folder(tmp_path / "taken")
+
+
 def test_unknown_key_names_its_neighbour(tmp_path: Path) -> None:
     config = tmp_path / "tide.toml"
     config.write_text("[up]\nworker = 2\n")
