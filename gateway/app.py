@@ -88,7 +88,8 @@ def operator_app(
     @_get("/metrics")
     def metrics() -> Response[bytes]:
         recorder.flush()
-        return Response(generate_latest(registry), media_type=CONTENT_TYPE_LATEST)
+        # Not as media_type, to which litestar adds a second charset: parsers may refuse what has two.
+        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @_get("/admin/state")
     def state() -> dict[str, Any]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 
@@ -208,6 +208,7 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
         return len(self.prompt_bytes) // BYTES_PER_TOKEN + 1
 
 
+T = TypeVar("T")
 Parser = Callable[[bytes], Call | InvalidRequest]
 
 _MISSING = re.compile(r"Object missing required field `(?P<field>[^`]+)`")
@@ -234,20 +235,21 @@ _ONLY_TRUE = _names_of(OnlyTrue | None)
 
 def parse_chat(body: bytes) -> Call | InvalidRequest:
     """A body of /v1/chat/completions."""
-    return _guarded(_parse_chat, body)
+    return checked(_parse_chat, body)
 
 
 def parse_completion(body: bytes) -> Call | InvalidRequest:
     """A body of /v1/completions."""
-    return _guarded(_parse_completion, body)
+    return checked(_parse_completion, body)
 
 
 def parse_generate(body: bytes) -> Call | InvalidRequest:
     """A body of /generate."""
-    return _guarded(_parse_generate, body)
+    return checked(_parse_generate, body)
 
 
-def _guarded(parse: Callable[[bytes], Call], body: bytes) -> Call | InvalidRequest:
+def checked(parse: Callable[[bytes], T], body: bytes) -> T | InvalidRequest:
+    """What `parse` makes of a body of JSON, or what is wrong with it in the client's terms."""
     try:
         if not body.isascii():
             body.decode()  # msgspec checks only the strings that it keeps; workers and captures read all of them

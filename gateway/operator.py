@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-import msgspec
-from litestar import Router, delete, get, post
-from litestar.params import FromPath, JSONBody
+from typing import Any
 
+import msgspec
+from litestar import HttpMethod, Request, Response, Router, delete, post, route
+from litestar.params import FromPath
+
+from gateway.calls import checked
 from gateway.fleet import Fleet
 from gateway.members import check_address
 from gateway.scheduler import Scheduler
@@ -20,6 +23,9 @@ class NewWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     address: str
     """HOST:PORT"""
+
+
+_decode_worker = msgspec.json.Decoder(NewWorker).decode
 
 
 class UnknownWorker(InvalidRequest):
@@ -37,16 +43,24 @@ def worker_routes(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> Router:
             raise UnknownWorker(f"{address} is no worker of this gateway; see /admin/workers", param="address")
         return _state(fleet.sessions[address], fleet, scheduler, clock.mono_ns())
 
-    @get(sync_to_thread=False)
+    @route(http_method=HttpMethod.OPTIONS, status_code=204, sync_to_thread=False)
+    def options() -> Response[None]:
+        """litestar's own knows the first of several handlers alone."""
+        return Response(None, headers={"allow": "GET, HEAD, OPTIONS, POST"})
+
+    @route(http_method=[HttpMethod.GET, HttpMethod.HEAD], status_code=200, sync_to_thread=False)
     def workers() -> list[WorkerState]:
         return worker_states(fleet, scheduler, clock)
 
-    @post(sync_to_thread=False)
-    def add(data: JSONBody[NewWorker]) -> WorkerState:
-        if refusal := check_address(data.address):
+    @post()
+    async def add(request: Request[Any, Any, Any]) -> WorkerState:
+        worker = checked(_decode_worker, await request.body())
+        if isinstance(worker, InvalidRequest):
+            raise worker
+        if refusal := check_address(worker.address):
             raise refusal
-        fleet.add(data.address)
-        return state_of(data.address)
+        fleet.add(worker.address)
+        return state_of(worker.address)
 
     @post("/{address:str}/drain", status_code=200, sync_to_thread=False)
     def drain(address: FromPath[str]) -> WorkerState:
@@ -60,7 +74,7 @@ def worker_routes(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> Router:
         fleet.remove(address)
         return state_of(address)
 
-    return Router("/admin/workers", route_handlers=[workers, add, drain, remove])
+    return Router("/admin/workers", route_handlers=[options, workers, add, drain, remove])
 
 
 def worker_states(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> list[WorkerState]:

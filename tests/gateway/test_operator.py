@@ -101,6 +101,48 @@ def test_operators_mistakes_are_named(g: GatewayProcess) -> None:
         assert (answer[0], answer[1]["error"]["type"]) == (status, "invalid_request_error"), (method, path, body)
 
 
+@pytest.mark.parametrize(
+    ("body", "param", "what"),
+    [
+        ({"adress": "x:1"}, None, "adress"),
+        ({"address": 5}, "address", "expected str"),
+        ({}, "address", "is required"),
+        (b"", None, "not valid JSON"),
+        (b"[" * 100_000, None, "expected object"),
+        (b"\x1f\x8b\x08", None, "compressed"),
+    ],
+)
+def test_what_is_wrong_with_a_new_worker_is_said(g: GatewayProcess, body: Any, param: str | None, what: str) -> None:
+    status, answer = ask(g, "POST", "/admin/workers", body)
+    assert (status, answer["error"]["param"]) == (400, param)
+    assert what in answer["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "methods"),
+    [
+        ("/admin/workers", {"GET", "HEAD", "OPTIONS", "POST"}),
+        ("/admin/workers/x:1", {"DELETE", "OPTIONS"}),
+        ("/admin/workers/x:1/drain", {"OPTIONS", "POST"}),
+        ("/metrics", {"GET", "HEAD", "OPTIONS"}),
+    ],
+)
+def test_options_are_all_methods(g: GatewayProcess, path: str, methods: set[str]) -> None:
+    status, headers, _ = g.request("OPTIONS", path, operator=True)
+    assert (status, set(headers["allow"].split(", "))) == (204, methods)
+
+
+def test_workers_answer_head(g: GatewayProcess) -> None:
+    status, _, body = g.request("HEAD", "/admin/workers", operator=True)
+    assert (status, body) == (200, b"")
+
+
+def test_metrics_have_one_charset(g: GatewayProcess) -> None:
+    _, headers, _ = g.request("GET", "/metrics", operator=True)
+    assert headers["content-type"].startswith("text/plain; version=")
+    assert headers["content-type"].count("charset") == 1
+
+
 def test_changed_file_brings_workers_and_takes_them_away(
     g: GatewayProcess, workers: tuple[str, str], folder: Path
 ) -> None:
