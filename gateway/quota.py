@@ -22,6 +22,7 @@ class Grant(msgspec.Struct):
 
     tenant: str
     at_ns: int
+    day: int
     tokens: int
 
 
@@ -61,11 +62,12 @@ class Quotas:
     def admit(self, name: str, tenant: Tenant, tokens: int, now_ns: int, unix_ns: int) -> Grant | Overloaded:
         """Take one request with an estimate of its tokens, or say which limit is in the way."""
         usage = self._usage.setdefault(name, _Usage())
-        usage.forget(now_ns, unix_ns // DAY_NS)
+        day = unix_ns // DAY_NS
+        usage.forget(now_ns, day)
         refusal = _refusal(usage, tenant, tokens, now_ns, unix_ns)
         if refusal is not None:
             return refusal
-        grant = Grant(name, now_ns, tokens)
+        grant = Grant(name, now_ns, day, tokens)
         usage.running += 1
         usage.grants.append(grant)
         usage.minute_tokens += tokens
@@ -79,7 +81,8 @@ class Quotas:
         assert usage.running >= 0, f"tenant {grant.tenant}: a grant was settled twice"
         difference = tokens - grant.tokens
         grant.tokens = tokens
-        usage.day_tokens += difference
+        if grant.day == usage.day:
+            usage.day_tokens += difference
         if grant.at_ns > now_ns - MINUTE_NS and usage.grants and grant.at_ns >= usage.grants[0].at_ns:
             usage.minute_tokens += difference
 
@@ -107,19 +110,25 @@ def _refusal(usage: _Usage, tenant: Tenant, tokens: int, now_ns: int, unix_ns: i
         return Overloaded(
             f"{tenant.tokens_per_day} tokens per day is this tenant's quota",
             reason="tenant_tokens",
-            retry_after_s=(DAY_NS - unix_ns % DAY_NS) / 1e9,
+            retry_after_s=_seconds(DAY_NS - unix_ns % DAY_NS) if tokens <= tenant.tokens_per_day else None,
         )
     return None
 
 
-def _until_free(usage: _Usage, needed: int, limit: int, now_ns: int, *, counts_tokens: bool = False) -> float:
-    """Seconds until enough grants have left the minute."""
+def _until_free(usage: _Usage, needed: int, limit: int, now_ns: int, *, counts_tokens: bool = False) -> int | None:
+    """Seconds until enough grants have left the minute; None where no minute is enough."""
+    if needed > limit:
+        return None
     held = usage.minute_tokens if counts_tokens else len(usage.grants)
+    free_ns = now_ns
     for grant in usage.grants:
         if held + needed <= limit:
             break
         held -= grant.tokens if counts_tokens else 1
         free_ns = grant.at_ns + MINUTE_NS
-    else:
-        free_ns = now_ns + MINUTE_NS
-    return max(0.0, (free_ns - now_ns) / 1e9)
+    return _seconds(free_ns - now_ns)
+
+
+def _seconds(duration_ns: int) -> int:
+    """Rounded up: who comes back sooner is refused again."""
+    return -(-duration_ns // 1_000_000_000)

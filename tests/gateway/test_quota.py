@@ -38,6 +38,23 @@ def test_the_rate_counts_a_sliding_minute_and_says_when_it_frees() -> None:
     assert isinstance(admit(quotas, tenant, 61 * S), Overloaded)
 
 
+def test_who_waits_as_long_as_told_is_admitted() -> None:
+    for tenant in (Tenant(requests_per_minute=1), Tenant(tokens_per_minute=100)):
+        quotas = Quotas()
+        admit(quotas, tenant, S // 2, tokens=90)
+        refusal = admit(quotas, tenant, 30 * S, tokens=20)
+        assert isinstance(refusal, Overloaded)
+        assert refusal.retry_after_s == 31  # after 30.5 s
+        assert isinstance(admit(quotas, tenant, 61 * S, tokens=20), Grant)
+
+
+def test_what_no_wait_makes_small_enough_is_not_told_to_wait() -> None:
+    for tenant in (Tenant(tokens_per_minute=100), Tenant(tokens_per_day=100)):
+        refusal = admit(Quotas(), tenant, 0, tokens=101)
+        assert isinstance(refusal, Overloaded)
+        assert (refusal.reason, refusal.retry_after_s) == ("tenant_tokens", None)
+
+
 def test_refused_requests_take_nothing() -> None:
     quotas, tenant = Quotas(), Tenant(requests_per_minute=1, tokens_per_minute=1000)
     admit(quotas, tenant, 0)
@@ -66,6 +83,18 @@ def test_the_quota_of_a_day_comes_back_at_midnight() -> None:
     assert isinstance(refusal, Overloaded)
     assert refusal.retry_after_s == (DAY_NS // 2 - 10 * MINUTE_NS) / S
     assert isinstance(admit(quotas, tenant, DAY_NS + 1, tokens=100), Grant)
+
+
+def test_yesterdays_request_does_not_settle_from_todays_quota() -> None:
+    quotas, tenant = Quotas(), Tenant(tokens_per_day=100)
+    over_midnight = admit(quotas, tenant, DAY_NS - S, tokens=90)
+    assert isinstance(over_midnight, Grant)
+    today = admit(quotas, tenant, DAY_NS + S, tokens=100)
+    assert isinstance(today, Grant)
+    quotas.settle(over_midnight, 10, DAY_NS + 2 * S)
+    assert isinstance(admit(quotas, tenant, DAY_NS + 3 * S, tokens=1), Overloaded)
+    quotas.settle(today, 99, DAY_NS + 4 * S)
+    assert isinstance(admit(quotas, tenant, DAY_NS + 5 * S, tokens=1), Grant)
 
 
 @given(st.lists(st.tuples(st.integers(0, 40 * S), st.integers(1, 50), st.integers(0, 80), st.booleans()), max_size=60))
