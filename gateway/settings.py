@@ -11,7 +11,9 @@ from protos.core.capture import Level
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Positive = Annotated[int, msgspec.Meta(ge=1)]
-Seconds = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 24 * 3600)]
+"""TOML has `inf`, which no clock counts to."""
+PerSecond = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 Ratio = Annotated[float, msgspec.Meta(ge=0, le=1)]
 
 
@@ -45,7 +47,7 @@ class Tracing(msgspec.Struct, frozen=True, kw_only=True):
     """OTLP over gRPC, such as http://127.0.0.1:4317; no spans leave without it."""
     keep_ratio: Ratio = 1.0
     """Fraction kept of the traces that are not kept for a reason (error, slow, cancelled, preempted, retried)."""
-    keep_per_s: Seconds = 20.0
+    keep_per_s: PerSecond = 20.0
     """Most traces exported per second."""
 
 

@@ -48,7 +48,7 @@ class Tenant(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
 
     keys: tuple[KeyHash, ...] = ()
     """"sha256:…" of each API key, as `tidegate key new` prints it."""
-    weight: Annotated[float, msgspec.Meta(gt=0)] = 1.0
+    weight: Annotated[float, msgspec.Meta(ge=1e-6, le=1e6)] = 1.0
     """Share of service when tenants compete."""
     priority: str | None = None
     """Band of requests that ask for none; the second band without it, or the ceiling where that is lower."""

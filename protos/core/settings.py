@@ -6,12 +6,13 @@
 
 from __future__ import annotations
 
+import builtins
 import difflib
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -21,6 +22,8 @@ PREFIX = "TIDEGATE__"
 SECTIONS = ("gateway", "engine", "replay", "up")
 
 T = TypeVar("T", bound=msgspec.Struct)
+Section = tuple[tuple[str, ...], type[msgspec.Struct], dict[str, Any]]
+"""(name, type, keys)"""
 
 
 def load(
@@ -127,11 +130,36 @@ def _check_keys(
         path = ".".join((*at, key))
         if key not in fields:
             header = ".".join((section, *at))
-            origin = origins.get(path, "settings")
+            origin = origins.get(_plain(path), "settings")
             raise ConfigError(f"{origin}: unknown key '{key}' in [{header}]{_nearest(key, fields)}")
-        nested = fields[key].type
-        if isinstance(nested, type) and issubclass(nested, msgspec.Struct) and isinstance(value, dict):
-            _check_keys(nested, value, (*at, key), origins, section)
+        for name, nested, inner in _sections(fields[key].type, key, value):
+            _check_keys(nested, inner, (*at, *name), origins, section)
+            if len(name) > 1:  # msgspec does not say which entry of a table is wrong
+                _check_values(nested, inner, (*at, *name), origins, section)
+
+
+def _sections(kind: Any, key: str, value: Any) -> Iterator[Section]:
+    """The sections that a value is or holds."""
+    found: list[tuple[tuple[str, ...], Any, Any]] = []
+    match get_origin(kind), get_args(kind):
+        case None, ():
+            found = [((key,), kind, value)]
+        case builtins.dict, (_, entry) if isinstance(value, dict):
+            found = [((key, name), entry, inner) for name, inner in value.items()]
+        case builtins.tuple, (entry, _) if isinstance(value, list):
+            found = [((f"{key}[{index}]",), entry, inner) for index, inner in enumerate(value)]
+    for name, nested, inner in found:
+        if isinstance(nested, type) and issubclass(nested, msgspec.Struct) and isinstance(inner, dict):
+            yield name, nested, inner
+
+
+def _check_values(
+    kind: type[msgspec.Struct], values: Any, at: tuple[str, ...], origins: Mapping[str, str], section: str
+) -> None:
+    try:
+        msgspec.convert(values, kind, strict=False)
+    except msgspec.ValidationError as error:
+        raise ConfigError(_explain(str(error), section, origins, at)) from None
 
 
 def _nearest(key: str, known: Any) -> str:
@@ -140,11 +168,15 @@ def _nearest(key: str, known: Any) -> str:
     return f"; did you mean '{near[0]}'?" if near else f"; known: {', '.join(names)}"
 
 
-def _explain(message: str, section: str, origins: Mapping[str, str]) -> str:
+def _explain(message: str, section: str, origins: Mapping[str, str], at: tuple[str, ...] = ()) -> str:
     """msgspec's "Expected `int`, got `str` - at `$.port`" with the key's own name and where it was set."""
-    match = re.match(r"(?P<what>.*?)(?: - at `\$\.?(?P<path>[^`]*)`)?$", message, re.DOTALL)
+    match = re.match(r"(?P<what>.*?)(?: - at `(?:key` in `)?\$\.?(?P<path>[^`]*)`)?$", message, re.DOTALL)
     assert match is not None
-    path = match["path"] or ""
-    key = re.sub(r"\[.*", "", path)
+    path = ".".join((*at, *filter(None, [match["path"]])))
     what = match["what"].replace("`", "")
-    return f"{origins.get(key, 'settings')}: {section}.{path or '?'}: {what[0].lower()}{what[1:]}"
+    return f"{origins.get(_plain(path), 'settings')}: {section}.{path or '?'}: {what[0].lower()}{what[1:]}"
+
+
+def _plain(path: str) -> str:
+    """The key that was set: arrays are set as a whole."""
+    return re.sub(r"\[.*", "", path)

@@ -23,6 +23,8 @@ class Example(msgspec.Struct, frozen=True, kw_only=True):
     workers: tuple[str, ...] = ()
     is_quiet: bool = False
     capture: Capture = Capture()
+    named: dict[str, Capture] = {}
+    listed: tuple[Capture, ...] = ()
 
 
 def load_example(
@@ -69,7 +71,12 @@ def test_service_links_of_kubernetes_are_ignored(tmp_path: Path) -> None:
     [
         ("[gateway]\nprot = 1\n", "tidegate.toml: unknown key 'prot' in [gateway]; did you mean 'port'?"),
         ("[gateway.capture]\nlvel = 1\n", "unknown key 'lvel' in [gateway.capture]; did you mean 'level'?"),
-        ("[gateway]\nxyzzy = 1\n", "known: capture, host, is_quiet, port, workers"),
+        ("[gateway]\nxyzzy = 1\n", "known: capture, host, is_quiet, listed, named, port, workers"),
+        ("[gateway.named.a]\nlvel = 1\n", "toml: unknown key 'lvel' in [gateway.named.a]; did you mean 'level'?"),
+        ("[[gateway.listed]]\nlvel = 1\n", "toml: unknown key 'lvel' in [gateway.listed[0]]; did you mean 'level'?"),
+        ("[gateway.named.a]\n[gateway.named.b]\nlimit = 'x'\n", "toml: gateway.named.b.limit: expected int | null"),
+        ("[[gateway.listed]]\nlimit = 'x'\n", "toml: gateway.listed[0].limit: expected int | null"),
+        ("[gateway.named]\na = 1\n", "toml: gateway.named[...]: expected object, got int"),
         ("[gatewya]\n", "unknown section [gatewya]; did you mean 'gateway'?"),
         ('[gateway]\nport = "many"\n', "tidegate.toml: gateway.port: expected int, got str"),
         ('[gateway.capture]\nlevel = "all"\n', "tidegate.toml: gateway.capture.level: invalid enum value 'all'"),
