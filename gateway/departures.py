@@ -44,13 +44,22 @@ class Departures:
         if not self._rates:
             self._rate = 0.0
 
-    def steps_until(self, places: float, step: int) -> float:
-        """Steps after `step` until so many places have been given back; infinite where so many are not taken."""
+    def steps_until(self, places: float, step: int, mean_steps: float) -> float:
+        """Steps after `step` until so many places have been given back; infinite where nobody has one to give.
+
+        Who takes a place gives it back too, `mean_steps` later: where those that are taken do not suffice, it counts.
+        """
         if places <= 0:
             return 0.0
         ends, rate = self._ends, self._rate
         at = bisect.bisect_left(ends, places, key=lambda end: bisect.bisect_right(ends, end) + rate * (end - step))
         left = places - at  # what the others have to give
-        by_rate = left / rate if rate else math.inf
-        by_end = max(0, ends[at] - step) if at < len(ends) else math.inf
-        return min(by_end, max(0.0, by_rate))
+        by_rate = max(0.0, left / rate) if rate else math.inf
+        if at < len(ends):
+            return min(max(0, ends[at] - step), by_rate)
+        length = max(1.0, mean_steps)
+        if not ends or by_rate <= max(0, ends[0] - step) + length:
+            return by_rate
+        # In the mean, who has taken a place is half-way through: that half has been made and gave no place back.
+        made = left + len(ends) / 2 + sum([max(0, end - step) for end in ends]) / length
+        return made / (rate + len(ends) / length)

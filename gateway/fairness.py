@@ -113,7 +113,8 @@ class ServiceCounters:
         known.counter += served / known.weight
         if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
-                ring.fell(tenant)
+                if tenant in ring.entries:
+                    ring.fell(tenant)
 
 
 class LeastServed:
@@ -126,38 +127,38 @@ class LeastServed:
     def __init__(self, tenants: dict[str, _Tenant]) -> None:
         """`tenants` are all that are known."""
         self._tenants = tenants
-        self._entries: dict[str, float] = {}
+        self.entries: dict[str, float] = {}
+        """Counters of the tenants, as the heap has them."""
         self._heap: list[tuple[float, str]] = []
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self.entries)
 
     def add(self, tenant: str) -> None:
-        if tenant not in self._entries:
+        if tenant not in self.entries:
             self._push(tenant)
 
     def discard(self, tenant: str) -> None:
-        self._entries.pop(tenant, None)
+        self.entries.pop(tenant, None)
 
     def fell(self, tenant: str) -> None:
-        """The tenant's counter became smaller."""
-        if tenant in self._entries:
-            self._push(tenant)
+        """The counter of one of the tenants became smaller."""
+        self._push(tenant)
 
     def least(self) -> str | None:
         """The tenant that is owed most; ties go to the first in alphabetical order."""
         heap = self._heap
         while heap:
             entry, tenant = heap[0]
-            if self._entries.get(tenant) != entry:
+            if self.entries.get(tenant) != entry:
                 heapq.heappop(heap)
                 continue
             if (counter := self._tenants[tenant].counter) == entry:
                 return tenant
-            self._entries[tenant] = counter
+            self.entries[tenant] = counter
             heapq.heapreplace(heap, (counter, tenant))
         return None
 
     def _push(self, tenant: str) -> None:
-        counter = self._entries[tenant] = self._tenants[tenant].counter
+        counter = self.entries[tenant] = self._tenants[tenant].counter
         heapq.heappush(self._heap, (counter, tenant))

@@ -241,9 +241,9 @@ class EngineForecast:
         left_ns, in_step = self._running_step(now_ns)
         return left_ns + steps * self.step_ns() + self.prompt_ns(self.unstarted_tokens - in_step + tokens)
 
-    def steps_until(self, places: float) -> float:
-        """Steps after the running one until so many places have been given back."""
-        return self._departures.steps_until(places, self._steps + 1)
+    def steps_until(self, places: float, mean_tokens: float) -> float:
+        """Steps after the running one until so many places have been given back; new answers have `mean_tokens`."""
+        return self._departures.steps_until(places, self._steps + 1, mean_tokens)
 
     def after_step_ns(self, tokens: int) -> int | None:
         """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.

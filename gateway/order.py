@@ -65,8 +65,15 @@ class Work(msgspec.Struct):
     requests: float = 0
     tokens: float = 0
     """Of their prompts."""
+    output_tokens: float = 0
+    """Predicted."""
     charge: float = 0
     """What placing them adds to the tenant's counter."""
+
+    @property
+    def mean_answer(self) -> float:
+        """Tokens; 0 where nobody waits."""
+        return self.output_tokens / self.requests if self.requests else 0.0
 
 
 class _Waiting(msgspec.Struct):
@@ -142,6 +149,7 @@ class FairQueue:
                 for line in higher.lines.values():
                     total.requests += line.requests
                     total.tokens += line.tokens
+                    total.output_tokens += line.output_tokens
         if band in self._bands:
             self._add_passing(total, self._bands[band].lines, tenant)
         return total
@@ -154,10 +162,12 @@ class FairQueue:
             if passing >= line.charge:
                 total.requests += line.requests
                 total.tokens += line.tokens
+                total.output_tokens += line.output_tokens
             elif passing > 0:
                 share = passing / line.charge
                 total.requests += share * line.requests
                 total.tokens += share * line.tokens
+                total.output_tokens += share * line.output_tokens
 
     def depths(self) -> dict[tuple[int, str], tuple[int, int]]:
         """(band, tenant) to (requests, arrival of the oldest)."""
@@ -202,6 +212,7 @@ class _Band:
         heapq.heappush(line.heap, (ticket.deadline_ns, ticket.request))
         line.requests += 1
         line.tokens += ticket.input_tokens
+        line.output_tokens += ticket.output_tokens
         line.charge += waiting.charge
 
     def remove(self, waiting: _Waiting) -> None:
@@ -209,6 +220,7 @@ class _Band:
         line = self.lines[ticket.tenant]
         line.requests -= 1
         line.tokens -= ticket.input_tokens
+        line.output_tokens -= ticket.output_tokens
         line.charge -= waiting.charge
         if not line.requests:
             del self.lines[ticket.tenant]

@@ -20,7 +20,7 @@ def wait_ns(worker: Worker, ahead: Work, share: float, now_ns: int) -> float | N
     requests, tokens = share * ahead.requests, share * ahead.tokens
     prompts_ns = forecast.prompt_ns(tokens)
     steps = max(
-        forecast.steps_until(requests + 1 - worker.room),
+        forecast.steps_until(requests + 1 - worker.room, ahead.mean_answer),
         worker.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
     )
     return forecast.turn_ns(steps, tokens, now_ns) if steps < math.inf else None

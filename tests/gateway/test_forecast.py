@@ -109,7 +109,8 @@ def test_full_steps_teach_though_each_ends_within_a_prompt() -> None:
     step_ns = (STEP_MS + TOKEN_MS * budget) * MS
     placed = started = partly = 0
     for _ in range(3 * WARM):
-        for placed in range(placed + 1, started + 5):
+        while placed < started + 4:
+            placed += 1
             forecast.placed(placed, prompt, now_ns)
         now_ns += int(step_ns)
         partly += budget

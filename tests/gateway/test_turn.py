@@ -92,9 +92,16 @@ def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
     assert wait_ms(on, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
 
 
+def test_a_queue_of_more_than_the_worker_runs_is_waited_for_answer_by_answer() -> None:
+    on = worker()
+    run(on, *exact(100, 100, 100, 100))
+    ahead = Work(requests=10 * SLOTS, output_tokens=10 * SLOTS * 100)
+    assert wait_ms(on, ahead) == pytest.approx(11 * 100 * STEP_MS, rel=0.1)
+
+
 def test_nobody_knows_when_nobody_has_come_or_nobody_will_leave() -> None:
     on = worker()
-    run(on, *exact(9))
-    assert turn.wait_ns(on, Work(requests=SLOTS), 1.0, NOW_NS) is None, "more places than are taken"
+    on.limit.value = 0
+    assert turn.wait_ns(on, Work(), 1.0, NOW_NS) is None, "no place, and none taken"
     on.forecast = EngineForecast()
     assert turn.wait_ns(on, Work(), 1.0, NOW_NS) is None

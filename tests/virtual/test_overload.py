@@ -3,6 +3,7 @@
 import random
 from collections.abc import Callable
 
+import msgspec
 import pytest
 
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result, direct
@@ -15,11 +16,15 @@ NEARLY_FULL = 3.0
 """Requests per second that this engine can just serve in time."""
 
 
-def gateway(jitter: Callable[[], float] = lambda: 1.0, batch_tokens: int = ENGINE.max_batch_tokens) -> Gateway:
+def gateway(
+    jitter: Callable[[], float] = lambda: 1.0,
+    batch_tokens: int = ENGINE.max_batch_tokens,
+    slots: int = ENGINE.max_sequences,
+) -> Gateway:
     return Gateway(
         ENGINE.parameters,
         workers=1,
-        max_sequences=ENGINE.max_sequences,
+        max_sequences=slots,
         max_batch_tokens=batch_tokens,
         token_target_ns=SLO.tpot_ns,
         jitter=jitter,
@@ -53,6 +58,19 @@ def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch
     in_time = sum(bool(one.first_token_ns) and one.ttft_ns <= SLO.ttft_ns for one in admitted)
     assert in_time >= 0.9 * len(admitted)
     assert len(admitted) >= 2.5 * SECONDS
+
+
+@pytest.mark.parametrize("slots", [4, 32])
+def test_a_queue_of_answers_of_one_length_is_refused_early(slots: int) -> None:
+    """As benchmarks send them; more wait than the engine runs at once."""
+    slo = Slo(ttft_ns=30 * SECOND_NS)
+    arrivals = [
+        msgspec.structs.replace(one, has_fixed_output=True, prompt_tokens=200, output_tokens=200)
+        for one in poisson(0.6 * slots, SECONDS, slo=slo)
+    ]
+    results = gateway(slots=slots).run(arrivals)
+    expired = sum(result.is_expired for result in results)
+    assert expired <= 0.05 * len(results) < 0.3 * len(results) <= sum(result.is_refused for result in results)
 
 
 def test_the_engine_alone_serves_nearly_nobody_in_time() -> None:
