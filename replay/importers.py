@@ -102,7 +102,10 @@ def _chained(requests: list[tuple[RequestRecord, Body]]) -> list[WorkloadRequest
         after = None
         if record.session:
             tails = open_chains.setdefault(record.session, [])
-            after = next((tail for tail in tails if _ended_ns(chained[tail]) <= at_ns), None)
+            # The last to have ended is what the client had waited for. Nothing follows an older one, such as a title
+            # that was made beside a turn.
+            ended = [tail for tail in tails if _ended_ns(chained[tail]) <= at_ns]
+            after = max(ended, key=lambda tail: _ended_ns(chained[tail]), default=None)
             if after is not None:
                 tails.remove(after)
             tails.append(index)

@@ -127,7 +127,7 @@ def test_requests_are_in_order_of_arrival_not_of_settling(tmp_path: Path) -> Non
 
 
 def test_turns_of_a_session_wait_for_each_other(tmp_path: Path) -> None:
-    """Session s: 0 to 100 ms, 150 to 250 ms; a parallel request at 120 ms is its second chain."""
+    """Session s: 0 to 100 ms, 120 to 220 ms; a parallel request from 150 to 250 ms is its second chain."""
     items = [
         item(record(1, 0, session="s")),
         item(record(2, 10, session="t")),
@@ -136,9 +136,20 @@ def test_turns_of_a_session_wait_for_each_other(tmp_path: Path) -> None:
         item(record(5, 300, session="s")),
     ]
     requests = from_capture(write_capture(tmp_path, items)).requests
-    assert [each.after for each in requests] == [None, None, 0, None, 2]
-    assert [each.think_ns // MS for each in requests] == [0, 0, 20, 0, 80]
-    assert [each.turn for each in requests] == [0, 0, 1, 0, 2]
+    assert [each.after for each in requests] == [None, None, 0, None, 3]
+    assert [each.think_ns // MS for each in requests] == [0, 0, 20, 0, 50]
+    assert [each.turn for each in requests] == [0, 0, 1, 0, 1]
+
+
+def test_turns_stay_one_chain_after_a_request_beside_one_of_them(tmp_path: Path) -> None:
+    """A title made from 10 to 30 ms, beside the first turn, must not take turns away from the conversation."""
+    items = [
+        item(record(1, 0, session="s")),
+        item(record(2, 10, session="s", total_ms=20)),
+        *(item(record(n, 200 * n, session="s")) for n in range(3, 8)),
+    ]
+    requests = from_capture(write_capture(tmp_path, items)).requests
+    assert [each.after for each in requests] == [None, None, 0, 2, 3, 4, 5]
 
 
 def test_requests_without_a_session_are_their_own(tmp_path: Path) -> None:
