@@ -132,7 +132,10 @@ def _slowest(summary: Summary) -> Iterator[str]:
         + (f", on {slowest.worker}" if slowest.worker else "")
         + (f", replays trace {slowest.recorded_trace_id}" if slowest.recorded_trace_id else "")
     )
-    parts = {"generator late": slowest.lag_ms, **slowest.phases_ms}
+    parts = {"generator late": slowest.lag_ms}
+    if slowest.connect_ms is not None:
+        parts["encode, connect"] = slowest.connect_ms
+    parts |= slowest.phases_ms
     if slowest.unattributed_ms is not None:
         parts["unattributed"] = slowest.unattributed_ms
     if slowest.outside_ms is not None:

@@ -28,7 +28,8 @@ DEFINITIONS = {
     "tokens": "from the usage that the server reports",
     "errors": "every answer that is not a complete one of status 200; a stream that ends in an error event is an error",
     "phases": "the gateway's own account of each request; they partition its time from arrival to settle",
-    "recorded against replayed": "both at the gateway, but for the replayed ttft, which is the client's from sent",
+    "of ttft": "shares of the ttft of streams: the time to a whole answer has its decoding in it",
+    "recorded against replayed": "both at the gateway, but for the replayed ttft, the client's from sent; of streams",
     "outside": "what the client saw beyond those: network, kernel, itself; of TTFT also delivering the first token",
     "dispersion": "variance over mean of the sends per window; 1 for Poisson arrivals, more for bursts",
     "client-limited": "the generator was late (p99 schedule lag over 10 ms) or its loop stalled for over 1% of the run",
@@ -55,7 +56,7 @@ class PhaseShare(msgspec.Struct, frozen=True, kw_only=True):
     p50_ms: float
     p95_ms: float
     share_of_ttft: float | None
-    """Of the summed time to first token from sent; None for a phase that follows the first token."""
+    """Of the summed time to first token from sent, of streams; None for a phase that follows the first token."""
     share_of_e2e: float
     """Of the summed end-to-end time from sent."""
 
@@ -85,6 +86,8 @@ class Slowest(msgspec.Struct, frozen=True, kw_only=True):
     ttft_ms: float | None
     e2e_ms: float
     lag_ms: float
+    connect_ms: float | None
+    """Encoding the body and connecting."""
     prompt_tokens: int | None
     output_tokens: int | None
     worker: str
@@ -180,7 +183,9 @@ def summarize(run: Run) -> Summary:
         goodput_per_s=met / duration_s if duration_s else 0.0,
         latency_ms=_latencies(results, finished),
         phases=_phase_shares(timed),
-        outside_share_of_ttft=_outside_share(timed, lambda result: result.ttft_sent_ns, _before_first_token_ns),
+        outside_share_of_ttft=_outside_share(
+            _streamed(timed), lambda result: result.ttft_sent_ns, _before_first_token_ns
+        ),
         outside_share_of_e2e=_outside_share(timed, lambda result: result.e2e_sent_ns, lambda timing: timing.total_ns),
         sum_check=_sum_check([timing for _, timing in timed]),
         comparison=_comparison(pairs),
@@ -237,8 +242,14 @@ def _latencies(results: Sequence[Result], finished: Sequence[Result]) -> dict[st
     return {name: found for name, values in rows.items() if (found := quantiles_ms(values)) is not None}
 
 
+def _streamed(timed: Sequence[tuple[Result, Timing]]) -> list[tuple[Result, Timing]]:
+    """Those with a first token before the last one."""
+    return [(result, timing) for result, timing in timed if result.is_stream and result.ttft_sent_ns is not None]
+
+
 def _phase_shares(timed: Sequence[tuple[Result, Timing]]) -> list[PhaseShare]:
-    ttft_ns = sum(result.ttft_sent_ns or 0 for result, _ in timed)
+    streamed = _streamed(timed)
+    ttft_ns = sum(result.ttft_sent_ns or 0 for result, _ in streamed)
     e2e_ns = sum(result.e2e_sent_ns or 0 for result, _ in timed)
     shares = []
     for phase in PHASES:
@@ -253,11 +264,17 @@ def _phase_shares(timed: Sequence[tuple[Result, Timing]]) -> list[PhaseShare]:
                 mean_ms=found.mean,
                 p50_ms=found.p50,
                 p95_ms=found.p95,
-                share_of_ttft=sum(values) / ttft_ns if phase in BEFORE_FIRST_TOKEN and ttft_ns else None,
+                share_of_ttft=_phase_sum(streamed, phase) / ttft_ns
+                if phase in BEFORE_FIRST_TOKEN and ttft_ns
+                else None,
                 share_of_e2e=sum(values) / e2e_ns if e2e_ns else 0.0,
             )
         )
     return shares
+
+
+def _phase_sum(timed: Sequence[tuple[Result, Timing]], phase: str) -> int:
+    return sum(getattr(timing.phases_ns, phase) or 0 for _, timing in timed)
 
 
 def _outside_share(
@@ -293,12 +310,13 @@ class _Side(msgspec.Struct, frozen=True):
 def _pairs(results: Sequence[Result]) -> list[tuple[_Side, _Side]]:
     """(recorded, replayed) of the requests that finished both times, as their gateways saw them.
 
-    The gateway's timing leaves before it knows when the first content left, so the replayed TTFT is the client's.
+    The gateway's timing leaves before it knows when the first content left, so the replayed TTFT is the client's. A
+    client sees none of a whole answer, but the recorded gateway did: such a pair has no TTFT.
     """
     return [
         (
-            _Side(recorded.first_token_at_ns, recorded.total_ns, recorded.phases),
-            _Side(result.ttft_sent_ns, result.timing.total_ns, result.timing.phases_ns),
+            _Side(recorded.first_token_at_ns if result.is_stream else None, recorded.total_ns, recorded.phases),
+            _Side(result.ttft_sent_ns if result.is_stream else None, result.timing.total_ns, result.timing.phases_ns),
         )
         for result in results
         if (recorded := result.recorded) is not None
@@ -346,6 +364,7 @@ def _slowest(finished: Sequence[Result]) -> Slowest | None:
         ttft_ms=None if result.ttft_ns is None else result.ttft_ns / 1e6,
         e2e_ms=result.e2e_ns / 1e6,
         lag_ms=result.lag_ns / 1e6,
+        connect_ms=None if result.sent_ns is None else (result.sent_ns - result.started_ns) / 1e6,
         prompt_tokens=result.prompt_tokens,
         output_tokens=result.output_tokens,
         worker=result.worker,

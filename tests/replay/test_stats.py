@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.core.errors import ConfigError
-from protos.core.record import Phases
+from protos.core.record import Outcome, Phases
 from replay.answer import Timing
 from replay.report import render
 from replay.result import Fate, Result
@@ -13,7 +13,7 @@ from replay.run import Run, RunEnd, RunFacts
 from replay.scale import measure
 from replay.slo import Slo, parse_slo
 from replay.stats import quantile, quantiles_ms, summarize
-from replay.workload import WorkloadFacts
+from replay.workload import Recorded, WorkloadFacts
 
 MS = 1_000_000
 
@@ -127,6 +127,37 @@ def test_phase_shares_and_outside_are_of_the_clients_time() -> None:
     assert shares["decode"] == (None, pytest.approx(90 / 101))
     assert summary.outside_share_of_ttft == pytest.approx(0.2)
     assert summary.outside_share_of_e2e == pytest.approx(3 / 101)
+
+
+def test_whole_answers_have_no_part_in_shares_of_ttft() -> None:
+    """To a whole answer its client waits for the decoding too, which is neither before the first token nor outside."""
+    whole = result(1, is_stream=False, first_content_ns=101 * MS, timing=TIMING)
+    alone, both = summarize(a_run([result(timing=TIMING)])), summarize(a_run([result(timing=TIMING), whole]))
+    assert both.outside_share_of_ttft == alone.outside_share_of_ttft
+    assert [each.share_of_ttft for each in both.phases] == [each.share_of_ttft for each in alone.phases]
+    assert [each.count for each in both.phases] == [2, 2, 2]
+    assert summarize(a_run([whole])).outside_share_of_ttft is None
+
+
+def test_ttft_of_streams_only_is_compared() -> None:
+    recorded = Recorded(outcome=Outcome.FINISHED, status=200, first_token_at_ns=10 * MS, total_ns=98 * MS)
+    whole = result(1, is_stream=False, first_content_ns=101 * MS, timing=TIMING, recorded=recorded)
+    summary = summarize(a_run([result(timing=TIMING, recorded=recorded), whole]))
+    rows = {row.name: row for row in summary.comparison}
+    assert (rows["ttft"].recorded.count, rows["ttft"].replayed.count) == (1, 1)
+    assert (rows["ttft"].recorded.mean, rows["ttft"].replayed.mean) == (10.0, 10.0)
+    assert rows["total"].replayed.count == 2
+
+
+def test_parts_of_the_slowest_request_are_its_whole_time() -> None:
+    summary = summarize(a_run([result(started_ns=MS // 2, sent_ns=40 * MS, done_ns=141 * MS, timing=TIMING)]))
+    slowest = summary.slowest
+    assert slowest is not None
+    assert slowest.connect_ms == 39.5
+    assert slowest.outside_ms is not None
+    parts = [slowest.lag_ms, slowest.connect_ms, *slowest.phases_ms.values(), slowest.outside_ms]
+    assert sum(parts) == pytest.approx(slowest.e2e_ms)
+    assert "encode, connect" in render(summary)
 
 
 def test_sum_check_finds_phases_that_do_not_add_up() -> None:
