@@ -64,11 +64,11 @@ def _synthetic(request: WorkloadRequest, body: SyntheticBody, model: str, is_len
     fields |= _sampling_fields(body.sampling, request.endpoint)
     if request.is_stream:
         fields |= {"stream": True, "stream_options": {"include_usage": True}}
-    if request.output_tokens:
+    if request.output_tokens and is_length_pinned:
         tokens = max(1, round(request.output_tokens / body.sampling.n))
-        fields["max_tokens"] = tokens
-        if is_length_pinned:
-            fields |= {"min_tokens": tokens, "ignore_eos": True}
+        fields |= {"max_tokens": tokens, "min_tokens": tokens, "ignore_eos": True}
+    elif request.output_tokens and request.recorded is None:
+        fields["max_tokens"] = request.output_tokens  # a trace of lengths knows of no other limit
     return fields
 
 

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from protos.core.contract import Sampling
+from protos.core.record import Outcome
 from replay.body import encode_body
 from replay.text import block_text, prompt_text
-from replay.workload import FullBody, SyntheticBody, WorkloadRequest
+from replay.workload import FullBody, Recorded, SyntheticBody, WorkloadRequest
 
 
 def body_of(request: WorkloadRequest, *, is_length_pinned: bool = True) -> Any:
@@ -42,6 +43,17 @@ def test_recorded_body_is_kept_but_for_model_and_length() -> None:
 def test_free_length_leaves_the_recorded_limits() -> None:
     recorded = {"messages": [], "max_completion_tokens": 99}
     assert body_of(full(recorded, is_stream=False), is_length_pinned=False) == recorded | {"model": "m"}
+
+
+def test_free_length_of_a_made_up_prompt_is_not_the_recorded_one() -> None:
+    """A hashed capture knows what the client had allowed; a trace of lengths has nothing but them."""
+    recorded = Recorded(outcome=Outcome.FINISHED, status=200)
+    for sampling, allowed in ((Sampling(max_tokens=50), 50), (Sampling(), None)):
+        found = body_of(
+            synthetic(body=SyntheticBody(40, ("a",), 40, sampling), recorded=recorded), is_length_pinned=False
+        )
+        assert (found.get("max_tokens"), "min_tokens" in found) == (allowed, False)
+    assert body_of(synthetic(), is_length_pinned=False)["max_tokens"] == 12
 
 
 def test_length_of_several_choices_is_shared_by_them() -> None:
