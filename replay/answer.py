@@ -27,7 +27,9 @@ class Timing(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 class Text(msgspec.Struct, frozen=True):
     content: str | None = None
+    reasoning: str | None = None
     reasoning_content: str | None = None
+    """What vLLM called `reasoning` before, and other servers do still."""
     tool_calls: list[msgspec.Raw] | None = None
 
 
@@ -41,7 +43,7 @@ class Choice(msgspec.Struct, frozen=True):
         if self.text:
             return True
         part = self.delta or self.message
-        return part is not None and bool(part.content or part.reasoning_content or part.tool_calls)
+        return part is not None and bool(part.content or part.reasoning or part.reasoning_content or part.tool_calls)
 
 
 class PromptDetails(msgspec.Struct, frozen=True):

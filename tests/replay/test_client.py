@@ -100,6 +100,13 @@ async def test_error_body_that_is_no_json_keeps_the_status() -> None:
     assert (exchange.error_kind, exchange.error) == ("http_502", None)
 
 
+@pytest.mark.parametrize("field", ["content", "reasoning", "reasoning_content"])
+async def test_reasoning_is_content(field: str) -> None:
+    """vLLM says `reasoning`; others, and vLLM before, `reasoning_content`."""
+    thought = fake.event({"choices": [{"index": 0, "delta": {field: "Hm"}}]})
+    assert (await post(fake.stream(fake.ROLE, thought, fake.delta("Paris"), fake.DONE))).content_events == 2
+
+
 async def test_whole_answer_counts_as_one_content() -> None:
     answer = {
         "choices": [{"index": 0, "message": {"role": "assistant", "content": "Paris"}}],
