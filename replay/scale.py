@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 import msgspec
@@ -16,12 +17,13 @@ from replay.workload import SyntheticBody, Workload, WorkloadRequest
 
 DISPERSION_WINDOWS_S = (0.1, 1.0, 10.0, 60.0)
 LENGTH_QUANTILES = (0.0, 0.5, 0.95, 1.0)
+SPEED_LIMIT = 1e9
 
 
 def compress(workload: Workload, speed: float) -> Workload:
     """Chains start `speed` times as fast; within a chain requests keep their recorded distance."""
-    if not (speed > 0 and math.isfinite(speed)):
-        raise ConfigError("--speed must be a positive number")
+    if not 1 / SPEED_LIMIT <= speed <= SPEED_LIMIT:
+        raise ConfigError(f"--speed must be from {1 / SPEED_LIMIT:g} to {SPEED_LIMIT:g}")
     scaled: list[WorkloadRequest] = []
     moved_ns: list[int] = []
     for request in workload.requests:
@@ -61,10 +63,10 @@ def measure(requests: Sequence[WorkloadRequest]) -> Shape:
         chains=sum(request.after is None for request in requests),
         duration_s=duration_s,
         rate=(len(at_s) - 1) / duration_s if duration_s else 0.0,
-        peak_rate=float(max(_counts(at_s, 1.0), default=0)),
+        peak_rate=float(max(_counts(at_s, 1.0).values(), default=0)),
         gap_cv=_gap_cv(at_s),
         dispersion={
-            f"{window_s:g} s": round(_dispersion(_counts(at_s, window_s)), 3)
+            f"{window_s:g} s": round(_dispersion(at_s, window_s), 3)
             for window_s in DISPERSION_WINDOWS_S
             if duration_s >= 2 * window_s
         },
@@ -80,19 +82,21 @@ def _gap_cv(at_s: Sequence[float]) -> float | None:
     return math.sqrt(_variance(gaps, mean)) / mean if mean else None
 
 
-def _counts(at_s: Sequence[float], window_s: float) -> list[int]:
-    if not at_s:
-        return []
-    counts = [0] * (int((at_s[-1] - at_s[0]) / window_s) + 1)
-    for moment in at_s:
-        counts[int((moment - at_s[0]) / window_s)] += 1
-    return counts
+def _counts(at_s: Sequence[float], window_s: float) -> Counter[int]:
+    """Sends per window. Windows without any are not in it: a day has 864,000 of 0.1 s."""
+    return Counter(int((moment - at_s[0]) / window_s) for moment in at_s)
 
 
-def _dispersion(counts: Sequence[int]) -> float:
-    whole = counts[:-1] or counts  # the last window is cut short
-    mean = sum(whole) / len(whole)
-    return _variance(whole, mean) / mean if mean else 0.0
+def _dispersion(at_s: Sequence[float], window_s: float) -> float:
+    """Of the whole windows; the last one is cut short. `at_s` spans at least two."""
+    counts = _counts(at_s, window_s)
+    windows = int((at_s[-1] - at_s[0]) / window_s)
+    del counts[windows]
+    mean = counts.total() / windows
+    if not mean:
+        return 0.0
+    empty = windows - len(counts)
+    return (sum((count - mean) ** 2 for count in counts.values()) + empty * mean**2) / windows / mean
 
 
 def _variance(values: Sequence[float], mean: float) -> float:

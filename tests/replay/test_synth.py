@@ -110,7 +110,7 @@ def test_compress_keeps_burstiness_and_lengths() -> None:
     assert scaled.prompt_tokens == source.prompt_tokens
 
 
-@pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan")])
+@pytest.mark.parametrize("speed", [0.0, -1.0, float("inf"), float("nan"), 1e-300])
 def test_speed_that_makes_no_sense_is_refused(speed: float) -> None:
     with pytest.raises(ConfigError, match="--speed"):
         compress(chain(0.0), speed)
@@ -126,6 +126,18 @@ def test_shared_prefix_is_measured_in_tokens() -> None:
     bodies = [SyntheticBody(25, ("a", "b", "c"), 10), SyntheticBody(25, ("a", "b", "d"), 10)]
     requests = [WorkloadRequest(at_ns=index, session="s", body=body) for index, body in enumerate(bodies)]
     assert measure(requests).prefix_share == pytest.approx(20 / 50)
+
+
+def test_shape_of_years_without_traffic_is_measured_at_once() -> None:
+    """Three hundred years have 10^11 windows of 0.1 s, of which two have a send."""
+    shape = measure(chain(0.0, 1e10).requests)
+    assert (shape.duration_s, shape.peak_rate) == (1e10, 1.0)
+    assert shape.dispersion["0.1 s"] == 1.0
+
+
+def test_dispersion_is_variance_over_mean_of_the_whole_windows() -> None:
+    shape = measure(chain(0.0, 0.5, 2.5, 4.5).requests)
+    assert shape.dispersion == {"0.1 s": pytest.approx(14 / 15, abs=1e-3), "1 s": pytest.approx(0.917, abs=1e-3)}
 
 
 def test_dispersion_of_a_burst_is_high() -> None:
