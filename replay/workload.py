@@ -7,10 +7,9 @@ None starts one at `at_ns`; any other waits for request number `after` (counted 
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any, Literal
+from typing import IO, Annotated, Any, Literal
 
 import msgspec
 import zstandard
@@ -21,6 +20,10 @@ from protos.core.record import Outcome, Phases
 
 FORMAT_VERSION = 1
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
+READ_BYTES = 1 << 17
+
+Nanoseconds = Annotated[int, msgspec.Meta(ge=0)]
+Tokens = Annotated[int, msgspec.Meta(ge=1, le=10_000_000)]
 
 
 class FullBody(msgspec.Struct, frozen=True, tag="full"):
@@ -32,9 +35,9 @@ class FullBody(msgspec.Struct, frozen=True, tag="full"):
 class SyntheticBody(msgspec.Struct, frozen=True, tag="synthetic", omit_defaults=True):
     """A prompt to be made up: block i is named blocks[i] and holds `block_tokens` tokens, the last one what remains."""
 
-    prompt_tokens: int
+    prompt_tokens: Tokens
     blocks: tuple[str, ...]
-    block_tokens: int
+    block_tokens: Tokens
     sampling: Sampling = Sampling()
 
 
@@ -66,19 +69,19 @@ class Recorded(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
 
 
 class WorkloadRequest(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True, tag_field="t", tag="request"):
-    at_ns: int
+    at_ns: Nanoseconds
     """Intended send, nanoseconds after the start. For a request with `after`, when it was sent in the source."""
     session: str
     turn: int = 0
     after: int | None = None
-    think_ns: int = 0
+    think_ns: Nanoseconds = 0
     endpoint: Endpoint = "/v1/chat/completions"
     is_stream: bool = True
     model: str = ""
     body: Body
-    output_tokens: int | None = None
+    output_tokens: Tokens | None = None
     """Tokens that the answer shall have; None leaves the length to the model."""
-    cancel_after_ns: int | None = None
+    cancel_after_ns: Nanoseconds | None = None
     """The client left this long after it sent the request."""
     tenant: str = ""
     priority: str = ""
@@ -152,20 +155,38 @@ def load(path: Path) -> Workload:
     """Raises CaptureError with the line at fault."""
     try:
         with path.open("rb") as file:
-            return _read(path, _lines(file))
+            return _read(path, _lines(path, file))
     except OSError as error:
         raise CaptureError(f"{path}: cannot be read: {error.strerror}") from None
     except zstandard.ZstdError as error:
         raise CaptureError(f"{path}: damaged: {error}") from None
 
 
-def _lines(file: IO[bytes]) -> Iterator[bytes]:
+def _lines(path: Path, file: IO[bytes]) -> Iterator[bytes]:
     is_compressed = file.read(len(ZSTD_MAGIC)) == ZSTD_MAGIC
     file.seek(0)
-    if is_compressed:
-        yield from io.BufferedReader(zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True))
-    else:
+    if not is_compressed:
         yield from file
+        return
+    rest = b""
+    for data in _decompressed(path, file):
+        *lines, rest = (rest + data).split(b"\n")
+        yield from lines
+    if rest:
+        yield rest
+
+
+def _decompressed(path: Path, file: IO[bytes]) -> Iterator[bytes]:
+    """Frame by frame, because only a frame knows that it is cut."""
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    while data := file.read(READ_BYTES):
+        while data:
+            if frame.eof:
+                frame = zstandard.ZstdDecompressor().decompressobj()
+            yield frame.decompress(data)
+            data = frame.unused_data
+    if not frame.eof:
+        raise CaptureError(f"{path}: damaged: it is cut short")
 
 
 def _read(path: Path, lines: Iterator[bytes]) -> Workload:
@@ -180,6 +201,8 @@ def _read(path: Path, lines: Iterator[bytes]) -> Workload:
             facts = item
             if facts.format_version > FORMAT_VERSION:
                 raise CaptureError(f"{path}: format {facts.format_version} is newer than this Tidegate: upgrade it")
+        elif requests and item.at_ns < requests[-1].at_ns:
+            raise CaptureError(f"{path}:{number}: sent before the request above it: they must be in order of at_ns")
         elif item.after is not None and not 0 <= item.after < len(requests):
             raise CaptureError(f"{path}:{number}: waits for request {item.after}, which does not come before it")
         elif isinstance(item.body, FullBody) and not bytes(item.body.json).startswith(b"{"):

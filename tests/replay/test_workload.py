@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+import zstandard
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -54,6 +55,21 @@ def test_saved_workload_comes_back(name: str, tmp_path: Path) -> None:
         ),
         ([b'{"t":"request","at_ns":0,"session":"s","body":{"type":"synthetic","prompt_tokens":1}}'], "w.jsonl:1"),
         ([b"\xff\xfe"], "w.jsonl:1"),
+        (
+            [
+                b'{"t":"request","at_ns":9,"session":"s","body":{"type":"full","json":{}}}',
+                b'{"t":"request","at_ns":8,"session":"s","body":{"type":"full","json":{}}}',
+            ],
+            "w.jsonl:2: sent before the request above it",
+        ),
+        ([b'{"t":"request","at_ns":-1,"session":"s","body":{"type":"full","json":{}}}'], "w.jsonl:1"),
+        (
+            [
+                b'{"t":"request","at_ns":0,"session":"s","body":'
+                b'{"type":"synthetic","prompt_tokens":10000000000000,"blocks":["a"],"block_tokens":1}}'
+            ],
+            "w.jsonl:1",
+        ),
     ],
 )
 def test_malformed_line_is_named(lines: list[bytes], message: str, tmp_path: Path) -> None:
@@ -67,10 +83,23 @@ def test_malformed_line_is_named(lines: list[bytes], message: str, tmp_path: Pat
 def test_damaged_compressed_file_is_a_capture_error(tmp_path: Path) -> None:
     save(Workload(FACTS, [request(n) for n in range(100)]), tmp_path / "w.zst")
     data = (tmp_path / "w.zst").read_bytes()
-    for damaged in (data[:-5], data[:20], data[:30] + b"\x00" * 40 + data[70:]):
+    for damaged in (data[:-1], data[:-5], data[:20], data[:30] + b"\x00" * 40 + data[70:]):
         (tmp_path / "w.zst").write_bytes(damaged)
         with pytest.raises(CaptureError):
             load(tmp_path / "w.zst")
+
+
+def test_compressed_file_cut_between_two_blocks_is_a_capture_error(tmp_path: Path) -> None:
+    """Cut there, what is left has whole lines only."""
+    lines = [msgspec.json.encode(FACTS) + b"\n", msgspec.json.encode(request(0)) + b"\n"]
+    compressor = zstandard.ZstdCompressor().compressobj()
+    start = compressor.compress(b"".join(lines)) + compressor.flush(zstandard.COMPRESSOBJ_FLUSH_BLOCK)
+    end = compressor.compress(lines[1]) + compressor.flush()
+    (tmp_path / "w.zst").write_bytes(start + end)
+    assert len(load(tmp_path / "w.zst").requests) == 2
+    (tmp_path / "w.zst").write_bytes(start)
+    with pytest.raises(CaptureError, match="cut short"):
+        load(tmp_path / "w.zst")
 
 
 @given(st.lists(st.integers(0, 100), min_size=1, max_size=20))
