@@ -82,7 +82,7 @@ def replay_run(
     slo: Annotated[str | None, typer.Option(help="For goodput; default ttft=1s,tpot=100ms.")] = None,
     timeout: Annotated[float | None, typer.Option(help="Seconds for a whole answer.")] = None,
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The run's folder; must not exist.")] = None,
-    config: Annotated[Path | None, typer.Option(help="Settings file (TOML), section [replay].")] = None,
+    config: Annotated[Path | None, typer.Option(help=r"Settings file (TOML), section \[replay].")] = None,
 ) -> None:
     """Replay a capture or a workload and report on it."""
     flags = {
@@ -175,7 +175,7 @@ def import_azure(
 def import_prompts(
     file: Annotated[Path, typer.Argument(help="One prompt per line: text, or JSON with prompt, messages or turns.")],
     output: Output,
-    rate: Annotated[float, typer.Option(help="Requests per second.")] = 1.0,
+    rate: Annotated[float, typer.Option(min=1e-6, max=1e6, help="Requests per second.")] = 1.0,
     max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 64,
 ) -> None:
     """Make a workload of your own prompts."""

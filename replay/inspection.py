@@ -66,10 +66,14 @@ def show_capture(path: Path, limit: int) -> Iterator[str]:
     check_is_capture(path)
     manifest = journal.read_manifest(path)
     cuts: list[journal.Cut] = []
-    records = [entry.record for entry in read_capture(path, cuts.append)]
-    outcomes = Counter(record.outcome.value for record in records)
+    records: list[RequestRecord] = []
+    outcomes: Counter[str] = Counter()
+    for entry in read_capture(path, cuts.append):
+        outcomes[entry.record.outcome.value] += 1
+        if len(records) < limit:
+            records.append(entry.record)
     yield f"capture {manifest.id}, by {manifest.writer}, started {_utc(manifest.created_unix_ns)} UTC"
-    yield f"{len(records)} requests, {manifest.dropped} dropped, " + ", ".join(
+    yield f"{outcomes.total()} requests, {manifest.dropped} dropped, " + ", ".join(
         f"{name} {value}" for name, value in manifest.facts.items() if value is not None
     )
     yield from (f"{cut.segment}: cut after {cut.after_entries} entries ({cut.reason})" for cut in cuts)
@@ -79,9 +83,9 @@ def show_capture(path: Path, limit: int) -> Iterator[str]:
         f"{'ARRIVED':<14}{'OUTCOME':<11}{'STATUS':>6}{'IN':>8}{'OUT':>7}{'TTFT MS':>10}{'TOTAL MS':>11}  "
         f"{'WORKER':<22}{'ENDPOINT':<22}TRACE"
     )
-    yield from (_record_line(record) for record in records[:limit])
-    if len(records) > limit:
-        yield f"... and {len(records) - limit} more (--limit)"
+    yield from map(_record_line, records)
+    if outcomes.total() > limit:
+        yield f"... and {outcomes.total() - limit} more (--limit)"
 
 
 def _record_line(record: RequestRecord) -> str:

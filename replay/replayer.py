@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import datetime
 import gc
 import resource
@@ -10,7 +11,7 @@ import secrets
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import msgspec
@@ -136,7 +137,7 @@ def _make_pacer(plan: Plan) -> Pacer:
 
 
 async def perform(plan: Plan, directory: Path, console: Console) -> stats.Summary:
-    """Send everything, then write the report. SIGINT and SIGTERM end the sending, not the report."""
+    """Send everything, then write the report. SIGINT and SIGTERM, also repeated, end the sending, not the report."""
     journal = run.open_journal(directory, plan.facts)
     settings = plan.settings
     client = Client(plan.target, connect_timeout_s=settings.connect_timeout, timeout_s=settings.timeout)
@@ -149,23 +150,37 @@ async def perform(plan: Plan, directory: Path, console: Console) -> stats.Summar
         is_length_pinned=plan.facts.is_length_pinned,
         on_result=_offer_to(journal.offer),
     )
-    started_ns = time.monotonic_ns()
+    with _signals_to(driver.interrupt):
+        started_ns = time.monotonic_ns()
+        try:
+            await _drive(driver, console)
+        finally:
+            client.close()
+            journal.close()
+        run.write_end(
+            directory,
+            run.RunEnd(
+                is_interrupted=driver.is_interrupted,
+                sent=driver.progress.sent,
+                stalled_ns=driver.stalls.stalled_ns,
+                longest_stall_ns=driver.stalls.longest_ns,
+                duration_ns=time.monotonic_ns() - started_ns,
+            ),
+        )
+        return write_report(directory)
+
+
+@contextlib.contextmanager
+def _signals_to(interrupt: Callable[[], None]) -> Iterator[None]:
+    loop = asyncio.get_running_loop()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    for number in numbers:
+        loop.add_signal_handler(number, interrupt)
     try:
-        await _drive(driver, console)
+        yield
     finally:
-        client.close()
-        journal.close()
-    run.write_end(
-        directory,
-        run.RunEnd(
-            is_interrupted=driver.is_interrupted,
-            sent=driver.progress.sent,
-            stalled_ns=driver.stalls.stalled_ns,
-            longest_stall_ns=driver.stalls.longest_ns,
-            duration_ns=time.monotonic_ns() - started_ns,
-        ),
-    )
-    return write_report(directory)
+        for number in numbers:
+            loop.remove_signal_handler(number)
 
 
 def _offer_to(offer: Callable[[Result], bool]) -> Callable[[Result], None]:
@@ -176,9 +191,6 @@ def _offer_to(offer: Callable[[Result], bool]) -> Callable[[Result], None]:
 
 
 async def _drive(driver: Driver, console: Console) -> None:
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, driver.interrupt)
     _raise_file_limit()
     sys.setswitchinterval(SWITCH_SECONDS)
     # What is loaded lives until the end: without this the collector walks the whole workload while requests are due.
@@ -187,12 +199,12 @@ async def _drive(driver: Driver, console: Console) -> None:
     try:
         async with asyncio.TaskGroup() as tasks:
             display = tasks.create_task(progress.show(driver.progress, console))
+            # Its first drawing on a terminal takes tens of milliseconds: before the schedule starts, not in it.
+            await asyncio.sleep(0)
             await driver.run()
             display.cancel()
     finally:
         gc.unfreeze()
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.remove_signal_handler(number)
 
 
 def _raise_file_limit() -> None:

@@ -8,6 +8,7 @@ import msgspec
 
 DEFAULT_TARGET = "http://127.0.0.1:8000"
 Positive = Annotated[float, msgspec.Meta(gt=0)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=1e9)]
 
 
 class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -19,15 +20,15 @@ class ReplaySettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     lengths: Literal["recorded", "free"] = "recorded"
     """Answers as long as the recorded ones, or as the model makes them."""
     slo: str = "ttft=1s,tpot=100ms"
-    limit_duration: Positive | None = None
+    limit_duration: Seconds | None = None
     """Seconds of the source to replay."""
     users: Annotated[int, msgspec.Meta(ge=1, le=100_000)] | None = None
     """Closed loop with so many users instead of the recorded times."""
     spawn_rate: Positive = 1.0
     """Users who start per second."""
-    think_time: Annotated[float, msgspec.Meta(ge=0)] | None = None
+    think_time: Annotated[float, msgspec.Meta(ge=0, le=1e9)] | None = None
     """Seconds between two requests of a user; None keeps the recorded ones."""
-    timeout: Positive = 330.0
+    timeout: Seconds = 330.0
     """Seconds for a whole answer; longer than the gateway's own limit."""
-    connect_timeout: Positive = 10.0
+    connect_timeout: Seconds = 10.0
     api_key: str = ""

@@ -9,6 +9,8 @@ import msgspec
 
 from protos.core.errors import ConfigError
 
+API_KEY_VARIABLE = "TIDEGATE__REPLAY__API_KEY"
+
 
 class Target(msgspec.Struct, frozen=True):
     url: str
@@ -34,16 +36,20 @@ def parse_target(url: str) -> Target:
         port = parts.port
     except ValueError:
         parts, port = urllib.parse.SplitResult("", "", "", "", ""), None
-    if parts.scheme not in ("http", "https") or not parts.hostname or not _is_plain(url):
+    if parts.scheme not in ("http", "https") or not parts.hostname or not _is_plain(url, parts.hostname):
         raise ConfigError(f"--target {url!r} is not an address like http://127.0.0.1:8000")
     is_tls = parts.scheme == "https"
     path = parts.path.rstrip("/").removesuffix("/v1")
     return Target(url, parts.hostname, port or (443 if is_tls else 80), is_tls, path)
 
 
-def _is_plain(url: str) -> bool:
-    """Fit for a request line: no credentials, query, spaces or anything outside printable ASCII."""
-    return url.isascii() and url.isprintable() and not any(mark in url for mark in " ?#@")
+def _is_plain(url: str, host: str) -> bool:
+    """Fit for a request line: no credentials, query, spaces or anything outside printable ASCII.
+
+    And for a resolver, which raises UnicodeError for a host with an empty label or one over 63 characters.
+    """
+    has_labels = all(0 < len(label) < 64 for label in host.removesuffix(".").split("."))
+    return has_labels and url.isascii() and url.isprintable() and not any(mark in url for mark in " ?#@")
 
 
 class Extra(msgspec.Struct, frozen=True):
@@ -70,6 +76,8 @@ _models_decoder = msgspec.json.Decoder(ModelList)
 def parse_models(target: Target, status: int, body: bytes) -> tuple[ServedModel, ...]:
     """The answer to GET /v1/models; raises ConfigError when it is none, or empty."""
     try:
+        if status in (401, 403):
+            raise ConfigError(f"{target.url} asks for an API key, or refuses this one: set {API_KEY_VARIABLE}")
         if status != 200:
             raise ConfigError(
                 f"{target.url} answers GET /v1/models with status {status}: not an OpenAI-compatible server"

@@ -380,7 +380,9 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         manifest = _manifest_decoder.decode(path.read_bytes())
     except (FileNotFoundError, NotADirectoryError):
-        raise CaptureError(f"{directory} is not a capture: it has no manifest.json") from None
+        if not directory.exists():
+            raise CaptureError(f"{directory}: no such folder") from None
+        raise CaptureError(f"{directory} is not a capture or a replay: it has no manifest.json") from None
     except OSError as error:
         raise CaptureError(f"{path}: {error.strerror}") from None
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:

@@ -190,7 +190,12 @@ def test_newer_format_says_upgrade(whole: Path, tmp_path_factory: pytest.TempPat
         journal.read_manifest(directory)
 
 
-@pytest.mark.parametrize("path", ["missing", "file", "empty"])
+def test_folder_that_is_not_there_is_said_so(tmp_path: Path) -> None:
+    with pytest.raises(CaptureError, match="missing: no such folder"):
+        journal.read_manifest(tmp_path / "missing")
+
+
+@pytest.mark.parametrize("path", ["file", "empty"])
 def test_what_is_no_journal_is_a_capture_error(path: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("hello")
     (tmp_path / "empty").mkdir()

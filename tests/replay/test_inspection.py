@@ -97,6 +97,14 @@ def test_workload_commands_write_what_they_show(capture: Path, tmp_path: Path) -
     assert len(from_capture(capture).requests) == 30
 
 
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "1e-320"])
+def test_prompts_at_no_rate_are_refused(rate: str, tmp_path: Path) -> None:
+    (tmp_path / "p").write_text("one\ntwo\n")
+    code, _ = run(workload_app, "import", "prompts", str(tmp_path / "p"), "-o", str(tmp_path / "w"), "--rate", rate)
+    assert code == 2
+    assert not (tmp_path / "w").exists()
+
+
 def test_prompts_become_a_workload(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a\nb\n")
     arguments = ("import", "prompts", str(tmp_path / "p.txt"), "-o", str(tmp_path / "w.jsonl"), "--rate", "4")

@@ -23,6 +23,7 @@ from replay.importers import from_capture
 from replay.settings import ReplaySettings
 from replay.stats import Summary
 from replay.synth import SynthSettings, synthesize
+from replay.target import parse_models, parse_target
 from replay.workload import Workload, save
 from tests.replay import fake_server as fake
 from tests.replay.fake_server import FakeServer
@@ -174,6 +175,25 @@ async def test_simulated_engine_is_announced(tmp_path: Path) -> None:
     assert "SIMULATED ENGINE" in report.render(summary)
 
 
+async def test_interrupt_while_the_report_is_written_does_not_cost_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who presses Ctrl-C presses it twice."""
+    write_report = replayer.write_report
+
+    def interrupted(directory: Path) -> Summary:
+        os.kill(os.getpid(), signal.SIGINT)
+        return write_report(directory)
+
+    monkeypatch.setattr(replayer, "write_report", interrupted)
+    async with FakeServer(fake.good_stream()) as server:
+        try:
+            summary = await replay(small_workload(), tmp_path / "run", server.url)
+        except KeyboardInterrupt:
+            pytest.fail("the report was not finished")
+    assert summary.sent == 5
+
+
 async def test_late_generator_is_client_limited(tmp_path: Path) -> None:
     async with FakeServer(fake.good_stream()) as server:
         await replay(small_workload(), tmp_path / "run", server.url)
@@ -192,7 +212,7 @@ async def test_late_generator_is_client_limited(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["nowhere", "ftp://a", "http://", "http://a:b", "http://a b", "http://u:p@h", "http://h/?q"]
+    "url", ["nowhere", "ftp://a", "http://", "http://a:b", "http://a b", "http://u:p@h", "http://h/?q", "http://a..b"]
 )
 async def test_target_that_is_no_address_is_refused(url: str, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is not an address like"):
@@ -211,6 +231,11 @@ async def test_target_without_models_is_refused(models: object, tmp_path: Path) 
     async with FakeServer(fake.good_stream(), models) as server:
         with pytest.raises(ConfigError):
             await replay(small_workload(), tmp_path / "run", server.url)
+
+
+async def test_target_that_asks_for_a_key_is_told_where_it_goes(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="TIDEGATE__REPLAY__API_KEY"):
+        parse_models(parse_target("http://a"), 401, b'{"error":{"message":"an API key is required"}}')
 
 
 async def test_unknown_model_is_refused_with_those_that_are_served(tmp_path: Path) -> None:
@@ -308,6 +333,8 @@ async def test_killed_run_keeps_its_results(tmp_path: Path) -> None:
         (["replay", "run", "w.jsonl", "--target", "http://127.0.0.1:1"], b"nothing answers at http://127.0.0.1:1"),
         (["replay", "run", "w.jsonl", "--target", "tidegate"], b"is not an address like"),
         (["replay", "run", "w.jsonl", "--speed", "0"], b"speed"),
+        (["replay", "run", "w.jsonl", "--limit-duration", "inf"], b"--limit-duration"),
+        (["replay", "run", "w.jsonl", "--users", "1", "--think-time", "inf"], b"--think-time"),
         (["replay", "run", "w.jsonl", "--slo", "ttft=fast"], b"expected terms like"),
         (["replay", "report", "."], b"is not a capture"),
         (["capture", "verify", "."], b"is not a capture"),
