@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import importlib.metadata
+import ipaddress
 import logging
 import resource
 import secrets
@@ -39,7 +40,6 @@ SWITCH_SECONDS = 0.0005
 """How long a writer thread may hold the interpreter while streams wait; Python's own 5 ms is a token's time."""
 GARBAGE_THRESHOLD = 50_000
 """New containers until a collection: most of them are requests in flight, and few of those ever are cycles."""
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 def run(settings: GatewaySettings, read: Callable[[], GatewaySettings], file: Path | None) -> None:
@@ -142,7 +142,7 @@ def _check_exposure(settings: GatewaySettings, tenants: TenantTable) -> None:
     """Without keys everybody who reaches the port is served, so only this machine may reach it."""
     if tenants.has_keys:
         return
-    if settings.host in LOOPBACK:
+    if _is_loopback(settings.host):
         log.info("no API keys are configured: everybody on this machine is served, nobody else is")
     elif settings.allow_anonymous:
         log.warning("no API keys are configured: everybody who reaches %s is served", settings.host)
@@ -151,6 +151,13 @@ def _check_exposure(settings: GatewaySettings, tenants: TenantTable) -> None:
             f"gateway.host: {settings.host} is reachable from other machines and no API keys are configured; "
             "make one with 'tidegate key new', or set gateway.allow_anonymous = true"
         )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _allow_open_files() -> None:
@@ -170,7 +177,7 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://{host}:{port}"
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 def _open_capture(settings: GatewaySettings, version: str) -> CaptureWriter | None:

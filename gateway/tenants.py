@@ -134,15 +134,15 @@ class TenantTable:
         self._claimed.add(claimed)
         return claimed
 
-    def band_number(self, tenant: Tenant, asked: str | int | None) -> int | RequestError:
-        """Which band a request waits in: what it asks for, clamped to the tenant's ceiling. 0 is the top."""
+    def band_number(self, tenant: Tenant, asked: str | int | None, param: str = "priority") -> int | RequestError:
+        """Which band a request waits in: what it asks for in `param`, clamped to the tenant's ceiling. 0 is the top."""
         ceiling = self._number(tenant.max_priority, 1)
         if asked is None:
             return max(ceiling, self._number(tenant.priority, 1))
         number = asked if isinstance(asked, int) else self._band_numbers.get(asked, -1)
         if not 0 <= number < len(self.bands):
             known = ", ".join(band.name for band in self.bands)
-            return InvalidRequest(f"priority: no band '{asked}'; known: {known}", param="priority")
+            return InvalidRequest(f"{param}: no band '{asked}'; known: {known}", param=param)
         return max(ceiling, number)
 
     def _number(self, name: str | None, default: int) -> int:

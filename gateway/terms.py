@@ -36,8 +36,10 @@ class Terms(msgspec.Struct, frozen=True, kw_only=True):
 
 def agree(identity: Identity, call: Call, tenant: Tenant, table: TenantTable, limits: Limits) -> Terms | RequestError:
     """What the client asked for, within what its tenant may have and what the gateway gives."""
-    asked = call.priority if identity.priority is None else identity.priority
-    band = table.band_number(tenant, asked)
+    if identity.priority is None:
+        band = table.band_number(tenant, call.priority)
+    else:
+        band = table.band_number(tenant, identity.priority, telemetry.PRIORITY)
     if isinstance(band, RequestError):
         return band
     first_token_ns = _milliseconds(telemetry.TTFT_MS, identity.ttft_ms, limits.first_token_s)

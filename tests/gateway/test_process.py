@@ -12,15 +12,18 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from deploy.cli import main
+from gateway import root
 from gateway.tenants import new_key
 from protos.core import journal
 from protos.core.capture import CaptureEntry, FullContent, read_capture
 from protos.core.contract import PROTOCOL
+from protos.core.errors import ConfigError
 from protos.core.record import Outcome, is_partition
 from tests.engine.peer import connect, submit
 from tests.gateway.fakes import scripted_worker
@@ -505,6 +508,31 @@ def test_port_in_use_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest
         assert "--port" in error
         error = fails_with(["--port", "0", "--operator-port", str(port)], monkeypatch, capsys)
         assert "--operator-port" in error
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "a.host"])
+def test_without_keys_other_machines_are_not_listened_to(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    error = fails_with(["--host", host, "--port", "0"], monkeypatch, capsys)
+    assert f"gateway.host: {host} is reachable from other machines" in error
+
+
+@pytest.mark.parametrize("host", ["127.0.0.2", "localhost", "::1"])
+def test_all_of_loopback_is_this_machine(
+    host: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(root, "_listen", _refuse_to_listen)
+    assert "about to listen" in fails_with(["--host", host], monkeypatch, capsys)
+
+
+def _refuse_to_listen(host: str, port: int, flag: str) -> socket.socket:
+    raise ConfigError("about to listen")
+
+
+def test_address_of_ipv6_is_a_url() -> None:
+    listener = SimpleNamespace(getsockname=lambda: ("::1", 8000, 0, 0))  # not every machine has IPv6
+    assert root._address(listener) == "http://[::1]:8000"  # type: ignore[arg-type]
 
 
 def test_unknown_config_key_is_one_line_that_names_its_neighbour(

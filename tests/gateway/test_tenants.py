@@ -91,6 +91,13 @@ def test_a_priority_that_does_not_exist_is_a_400_that_names_it(body: str) -> Non
     assert refusal.param == "priority"
 
 
+@pytest.mark.parametrize("value", ["urgent", "0", "", "Critical"])
+def test_a_priority_that_does_not_exist_is_a_400_that_names_its_header(value: str) -> None:
+    refusal = terms({"x-tidegate-priority": value}, '{"priority":"standard"}')
+    assert isinstance(refusal, InvalidRequest)
+    assert refusal.param == "x-tidegate-priority"
+
+
 @pytest.mark.parametrize("value", ["0", "-5", "1.5", "abc", "", "9" * 13, "٣", "1e3"])
 @pytest.mark.parametrize("header", ["x-tidegate-ttft-ms", "x-tidegate-deadline-ms"])
 def test_a_deadline_that_is_no_number_or_overflows_is_a_400_that_names_the_header(header: str, value: str) -> None:
