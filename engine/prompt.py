@@ -9,6 +9,25 @@ import msgspec
 from protos.core.contract import ChatPrompt
 from protos.core.errors import InvalidRequest
 
+WORKERS_OWN = frozenset(
+    (
+        "chat_template",
+        "max_length",
+        "padding",
+        "return_assistant_tokens_mask",
+        "return_dict",
+        "return_tensors",
+        "tokenize",
+        "tokenizer_kwargs",
+        "truncation",
+    )
+)
+"""Arguments of transformers' `apply_chat_template` that are no variables of a template.
+
+A client's own template is a program: its loops would hold a thread of the worker for ever, its strings take all of the
+memory. (vLLM's own server takes none without --trust-request-chat-template, but checks it in front of its renderer.)
+"""
+
 
 class _Message(msgspec.Struct):
     role: str
@@ -36,13 +55,17 @@ def read_messages(prompt: ChatPrompt) -> list[dict[str, Any]]:
 
 
 def read_template_kwargs(prompt: ChatPrompt) -> dict[str, Any]:
-    """Arguments of the chat template. Raises InvalidRequest."""
+    """Variables for the chat template. Raises InvalidRequest."""
     if not prompt.template_kwargs_json:
         return {}
     try:
-        return _kwargs.decode(prompt.template_kwargs_json)
+        kwargs = _kwargs.decode(prompt.template_kwargs_json)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise InvalidRequest(f"chat_template_kwargs: {error}", param="chat_template_kwargs") from None
+    if taken := WORKERS_OWN & kwargs.keys():
+        message = f"chat_template_kwargs: {min(taken)} is the worker's own, not a variable of the template"
+        raise InvalidRequest(message, param="chat_template_kwargs")
+    return kwargs
 
 
 def message_text(message: dict[str, Any]) -> str:

@@ -506,7 +506,8 @@ def _tell(request: _Request, output: Any) -> None:
             request.output_tokens += len(token_ids)
             logprobs = None
             if completion.logprobs is not None:
-                logprobs = tuple(map(_token_logprob, token_ids, completion.logprobs))
+                alternatives = itertools.repeat(request.submit.sampling.logprobs or 0)
+                logprobs = tuple(map(_token_logprob, token_ids, completion.logprobs, alternatives))
             request.sink.delta(request.submit.slot, completion.text, token_ids, completion.index, logprobs)
         if completion.finish_reason is not None:
             request.reasons[completion.index] = _reason(completion.finish_reason)
@@ -539,14 +540,15 @@ def _first(known_ns: int, stamp_s: float) -> int:
     return min(known_ns, stamp_ns) if known_ns and stamp_ns else known_ns or stamp_ns
 
 
-def _token_logprob(token_id: int, position: Any) -> TokenLogprob:
+def _token_logprob(token_id: int, position: Any, alternatives: int) -> TokenLogprob:
+    """vLLM adds the sampled token to the likeliest ones where it is none of them."""
     sampled = position[token_id]
     ranked = sorted(position.values(), key=lambda item: item.rank or 0)
     return TokenLogprob(
         sampled.decoded_token or "",
         max(sampled.logprob, -9999.0),
         (sampled.decoded_token or "").encode(),
-        tuple(_alternative(item) for item in ranked),
+        tuple(_alternative(item) for item in ranked[:alternatives]),
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from array import array
 from typing import Any
 
-from engine.prompt import message_text, read_messages
+from engine.prompt import message_text, read_messages, read_template_kwargs
 from protos.core.contract import ChatPrompt, Prompt, TextPrompt, TokenPrompt
 from protos.core.errors import InvalidRequest
 
@@ -21,6 +21,7 @@ def read_tokens(prompt: Prompt) -> bytes:
     """The tokens of a prompt, four bytes each, at least one. Raises InvalidRequest where there is nothing to read."""
     match prompt:
         case ChatPrompt():
+            read_template_kwargs(prompt)  # it has no template, and takes what one may be given
             tokens = b"".join(map(_message, read_messages(prompt))) + _role("assistant")
         case TokenPrompt(token_ids):
             tokens = pack_ids(token_ids)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import pytest
 
 from engine import step_log
 from engine.sim.parameters import Work
@@ -94,15 +95,16 @@ async def test_stop_token_ends_the_answer(address: str) -> None:
     assert answer.token_ids[0] == whole.token_ids[0][: whole.token_ids[0].index(stop) + 1]
 
 
-async def test_logprobs_come_one_per_token_with_alternatives(address: str) -> None:
-    answer = await ask_one(address, CHAT, max_tokens=5, ignore_eos=True, logprobs=3)
-    assert len(answer.logprobs) == 5
+async def test_logprobs_come_one_per_token_with_as_many_alternatives_as_were_asked_for(address: str) -> None:
+    """Also where the token itself is none of the likeliest."""
+    answer = await ask_one(address, CHAT, max_tokens=8, ignore_eos=True, logprobs=1, temperature=2.0, seed=1)
+    assert len(answer.logprobs) == 8
     for logprob in answer.logprobs:
         assert logprob.logprob <= 0
-        assert len(logprob.top) >= 3
+        assert len(logprob.top) == 1
         assert logprob.token_bytes == logprob.token.encode()
     own = await ask_one(address, CHAT, max_tokens=2, ignore_eos=True, logprobs=0)
-    assert len(own.logprobs) == 2
+    assert [logprob.top for logprob in own.logprobs] == [(), ()]
 
 
 async def check_resumed(address: str, prompt: object, cuts: Iterable[int], **sampling: Any) -> Answer:
@@ -205,6 +207,20 @@ async def test_prompts_with_nothing_in_them_are_invalid(address: str) -> None:
         assert answer.failed is not None, prompt
         assert answer.failed.kind == FailureKind.INVALID
         assert answer.failed.param == param
+
+
+@pytest.mark.parametrize(
+    "arguments", [b'{"chat_template": "{{ 1/0 }}"}', b'{"padding": "max_length", "max_length": 99}']
+)
+async def test_clients_bring_variables_for_the_template_and_no_template(address: str, arguments: bytes) -> None:
+    messages = b'[{"role": "user", "content": "hi"}]'
+    taken = await ask_one(address, ChatPrompt(messages, b'{"enable_thinking": false}'), max_tokens=1)
+    assert taken.finished is not None
+    refused = await ask_one(address, ChatPrompt(messages, arguments), max_tokens=1)
+    assert refused.failed is not None
+    assert refused.failed.kind == FailureKind.INVALID
+    assert refused.failed.param == "chat_template_kwargs"
+    assert "the worker's own" in refused.failed.message
 
 
 async def test_unknown_model_is_named(address: str) -> None:
