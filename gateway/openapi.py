@@ -56,7 +56,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
 ERRORS: dict[type[RequestError], str] = {
     InvalidRequest: "The request is wrong; `param` names the field or header.",
     Unauthenticated: "An API key is required, or nobody has the one that was sent.",
-    Forbidden: "The tenant may not do this.",
+    Forbidden: "The tenant, or a web page, may not do this.",
     UnknownModel: "No worker serves the model.",
     BodyTimeout: "The body did not arrive in time.",
     TooLarge: "The body is too large.",
@@ -152,21 +152,21 @@ OPERATOR = (
         summary="Connect to a worker, or use a drained one again.",
         answers={201: shapes.WorkerState},
         body=NewWorker,
-        refusals=(InvalidRequest,),
+        refusals=(InvalidRequest, Forbidden),
     ),
     Operation(
         method="post",
         path="/admin/workers/{address}/drain",
         summary="Send a worker no more requests; its running ones go on.",
         answers={200: shapes.WorkerState},
-        refusals=(UnknownWorker,),
+        refusals=(Forbidden, UnknownWorker),
     ),
     Operation(
         method="delete",
         path="/admin/workers/{address}",
         summary="Drain a worker, then forget it.",
         answers={202: shapes.WorkerState},
-        refusals=(UnknownWorker,),
+        refusals=(Forbidden, UnknownWorker),
     ),
     *PROBES,
 )

@@ -15,7 +15,7 @@ from gateway.scheduler import Scheduler
 from gateway.session import WorkerSession
 from gateway.shapes import WorkerState
 from protos.core.clock import Clock
-from protos.core.errors import InvalidRequest
+from protos.core.errors import Forbidden, InvalidRequest
 
 
 class NewWorker(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -33,6 +33,12 @@ class UnknownWorker(InvalidRequest):
 
     code = "unknown_worker"
     http_status = 404
+
+
+def refuse_web_pages(request: Request[Any, Any, Any]) -> None:
+    """A page that an operator has open may send requests from the operator's machine: browsers tell whose they are."""
+    if request.method not in ("GET", "HEAD", "OPTIONS") and "origin" in request.headers:
+        raise Forbidden("origin: web pages may not change the workers", param="origin")
 
 
 def worker_routes(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> Router:
@@ -74,7 +80,8 @@ def worker_routes(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> Router:
         fleet.remove(address)
         return state_of(address)
 
-    return Router("/admin/workers", route_handlers=[options, workers, add, drain, remove])
+    handlers = [options, workers, add, drain, remove]
+    return Router("/admin/workers", route_handlers=handlers, before_request=refuse_web_pages)
 
 
 def worker_states(fleet: Fleet, scheduler: Scheduler, clock: Clock) -> list[WorkerState]:

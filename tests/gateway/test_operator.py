@@ -118,6 +118,21 @@ def test_what_is_wrong_with_a_new_worker_is_said(g: GatewayProcess, body: Any, p
     assert what in answer["error"]["message"]
 
 
+@pytest.mark.parametrize("origin", ["http://evil.example", "null"])
+def test_web_pages_do_not_change_the_workers(g: GatewayProcess, workers: tuple[str, str], origin: str) -> None:
+    """A form's or a script's POST that browsers send without asking first."""
+    headers = {"origin": origin, "content-type": "text/plain"}
+    for method, path in (
+        ("POST", "/admin/workers"),
+        ("POST", f"/admin/workers/{workers[0]}/drain"),
+        ("DELETE", f"/admin/workers/{workers[0]}"),
+    ):
+        status, _, body = g.request(method, path, {"address": "evil.example:9101"}, headers, operator=True)
+        assert (status, json.loads(body)["error"]["param"]) == (403, "origin")
+    assert g.request("GET", "/admin/workers", headers=headers, operator=True)[0] == 200
+    assert [(worker["address"], worker["is_drained"]) for worker in g.state()["workers"]] == [(workers[0], False)]
+
+
 @pytest.mark.parametrize(
     ("path", "methods"),
     [
