@@ -18,13 +18,16 @@ _fields_decoder = msgspec.json.Decoder(dict[str, msgspec.Raw])
 _INCLUDE_USAGE = msgspec.Raw(b'{"include_usage":true}')
 
 
-def encode_body(request: WorkloadRequest, model: str, *, is_length_pinned: bool = True) -> bytes:
-    """`is_length_pinned` makes the answer as long as the recorded one, whatever the model would say."""
+def encode_body(request: WorkloadRequest, model: str, *, is_length_pinned: bool = True, salt: str = "") -> bytes:
+    """`is_length_pinned` makes the answer as long as the recorded one, whatever the model would say.
+
+    Made-up text of one salt shares what its blocks share, and nothing with that of another one.
+    """
     match request.body:
         case FullBody(json):
             return _edited(request, json, model, is_length_pinned)
         case SyntheticBody() as body:
-            return _encoder.encode(_synthetic(request, body, model, is_length_pinned))
+            return _encoder.encode(_synthetic(request, body, model, is_length_pinned, salt))
 
 
 def _edited(request: WorkloadRequest, json: msgspec.Raw, model: str, is_length_pinned: bool) -> bytes:
@@ -55,8 +58,10 @@ def _raw(value: object) -> msgspec.Raw:
     return msgspec.Raw(_encoder.encode(value))
 
 
-def _synthetic(request: WorkloadRequest, body: SyntheticBody, model: str, is_length_pinned: bool) -> dict[str, Any]:
-    text = prompt_text(body.blocks, body.block_tokens, body.prompt_tokens)
+def _synthetic(
+    request: WorkloadRequest, body: SyntheticBody, model: str, is_length_pinned: bool, salt: str
+) -> dict[str, Any]:
+    text = prompt_text([salt + name for name in body.blocks], body.block_tokens, body.prompt_tokens)
     if request.endpoint == GENERATE:
         return {"prompt": text, "max_tokens": request.output_tokens or 16, "temperature": 0}
     fields: dict[str, Any] = {"model": model}

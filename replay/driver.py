@@ -46,6 +46,7 @@ class Driver:
         model_of: Callable[[str], str],
         api_key: str,
         is_length_pinned: bool,
+        salt: str,
         on_result: Callable[[Result], None],
     ) -> None:
         self.progress = Progress(len(requests))
@@ -57,6 +58,7 @@ class Driver:
         self._model_of = model_of
         self._api_key = api_key
         self._is_length_pinned = is_length_pinned
+        self._salt = salt
         self._on_result = on_result
         self._wake = asyncio.Event()
         self._running: set[asyncio.Task[None]] = set()
@@ -122,7 +124,9 @@ class Driver:
         self._wake.set()
 
     async def _exchange(self, request: WorkloadRequest, trace_id: str) -> Exchange:
-        body = encode_body(request, self._model_of(request.model), is_length_pinned=self._is_length_pinned)
+        body = encode_body(
+            request, self._model_of(request.model), is_length_pinned=self._is_length_pinned, salt=self._salt
+        )
         cancel_after_s = None if request.cancel_after_ns is None else request.cancel_after_ns / 1e9
         return await self._client.post(
             request.endpoint, headers_of(request, trace_id, self._api_key), body, cancel_after_s=cancel_after_s

@@ -148,6 +148,8 @@ async def perform(plan: Plan, directory: Path, console: Console) -> stats.Summar
         model_of=plan.model_of,
         api_key=settings.api_key,
         is_length_pinned=plan.facts.is_length_pinned,
+        # Of its own for each run: else a run finds the prompts of the one before in the target's prefix cache.
+        salt=plan.facts.id,
         on_result=_offer_to(journal.offer),
     )
     with _signals_to(driver.interrupt):

@@ -37,8 +37,10 @@ def small_workload(requests: int = 5) -> Workload:
     return synthesize(settings)
 
 
-async def replay(workload: Workload, directory: Path, url: str, **settings: object) -> Summary:
-    plan = await replayer.make_plan(workload, msgspec.convert({"target": url, **settings}, ReplaySettings), "run-1")
+async def replay(
+    workload: Workload, directory: Path, url: str, *, run_id: str = "run-1", **settings: object
+) -> Summary:
+    plan = await replayer.make_plan(workload, msgspec.convert({"target": url, **settings}, ReplaySettings), run_id)
     return await replayer.perform(plan, directory, QUIET)
 
 
@@ -65,6 +67,20 @@ async def test_run_sends_everything_and_writes_its_folder(tmp_path: Path) -> Non
     table = pq.read_table(tmp_path / "run/requests.parquet")
     assert table.num_rows == 5
     assert table["prefill_ns"].to_pylist() == [700_000] * 5
+
+
+async def test_made_up_prompts_are_new_in_every_run(tmp_path: Path) -> None:
+    """The second of two runs would have found those of the first one in the prefix cache."""
+    shared = "x" * 1024
+    items = [item(record(n, n, prompt_tokens=400), shared + str(n) * 500) for n in range(2)]
+    workload = from_capture(write_capture(tmp_path, items, "hashed"))
+    starts: list[set[str]] = []
+    for run_id in ("run-1", "run-2"):
+        async with FakeServer(fake.good_stream()) as server:
+            await replay(workload, tmp_path / run_id, server.url, run_id=run_id)
+        starts.append({seen.json["messages"][0]["content"][:200] for seen in server.seen})
+    assert [len(each) for each in starts] == [1, 1]
+    assert starts[0] != starts[1]
 
 
 async def test_report_can_be_made_again(tmp_path: Path) -> None:
