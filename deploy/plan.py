@@ -49,7 +49,7 @@ def choose_backend(wanted: str, configured: str, has_vllm: bool) -> str:
     if wanted == "auto":
         return "vllm" if configured == "vllm" and has_vllm else "sim"
     if wanted == "vllm" and not has_vllm:
-        raise ConfigError("vLLM is not installed: run `make install`, or pass --backend sim")
+        raise ConfigError("vLLM is not installed: run `make clean install`, or pass --backend sim")
     return wanted
 
 

@@ -22,6 +22,8 @@ TICK_S = 0.2
 PROBE_READY_NS = 1_000_000_000
 LAST_WORDS = 3
 STARTING_PATIENCE_S = 2.0
+HURRY_S = 5.0
+"""What a part gets to end in good order without draining."""
 
 
 class Child(Protocol):
@@ -103,7 +105,7 @@ class Stack:
         self._show()
 
     def stop(self, drain_s: float, is_hurried: Callable[[], bool]) -> None:
-        """Drain part by part. After `drain_s` for one of them, or as soon as `is_hurried()`, kill what is left."""
+        """Drain part by part. After `drain_s` for one of them, or as soon as `is_hurried()`, it is to end at once."""
         for part in self.parts:
             # What never became ready has nothing to drain, and may be deep in loading a model.
             patience_s = (
@@ -111,17 +113,24 @@ class Stack:
             )
             part.is_stopping = True
             part.child.terminate()
-            self._await_end(part, patience_s, is_hurried)
+            if not self._await_end(part, patience_s, is_hurried):
+                # The second SIGTERM ends the drain: a gateway tells its clients so, and completes its capture.
+                part.child.terminate()
+                self._await_end(part, HURRY_S, lambda: False)
             part.child.kill()
 
-    def _await_end(self, part: Part, patience_s: float, is_hurried: Callable[[], bool]) -> None:
+    def _await_end(self, part: Part, patience_s: float, is_hurried: Callable[[], bool]) -> bool:
+        """False where it still runs."""
         deadline_ns = self._clock.mono_ns() + int(patience_s * 1e9)
-        while part.child.pid is not None and part.child.exit_code() is None and not is_hurried():
+        while part.child.pid is not None and part.child.exit_code() is None:
+            if is_hurried():
+                return False
             if self._clock.mono_ns() > deadline_ns:
-                self._listener.event(f"{part.name} did not end within {patience_s:.0f} s: killing it")
-                return
+                self._listener.event(f"{part.name} did not end within {patience_s:.0f} s: ending it")
+                return False
             self._show()
             time.sleep(TICK_S)
+        return True
 
     def kill(self) -> None:
         """Leave nothing behind, at once. Safe to call again."""

@@ -87,7 +87,7 @@ def prepare(settings: UpSettings, config: Path | None, console: Console) -> tupl
     check_ports(commands, settings)
     make_log_folder(Path(settings.log_dir))
     if backend == "sim":
-        console.print(SIMULATED, soft_wrap=True, style="bold red")
+        console.print(SIMULATED if has_vllm() else f"{SIMULATED} {INSTALL}", soft_wrap=True, style="bold red")
     else:
         ensure_model(engine.model)
     return commands, engine
@@ -110,8 +110,8 @@ def running(settings: UpSettings, commands: list[Command], console: Console) -> 
             stack.kill()
 
 
-SIMULATED = """\
-!! SIMULATED ENGINE: the tokens are made up, not a model's. Install vLLM with `make install` for real ones."""
+SIMULATED = "!! SIMULATED ENGINE: the tokens are made up, not a model's."
+INSTALL = "For real ones install vLLM: make clean install."
 
 
 def load_engine(settings: UpSettings, config: Path | None) -> EngineSettings:

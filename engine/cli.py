@@ -195,7 +195,7 @@ def _make_backend(settings: EngineSettings) -> Backend:
 
         return SimBackend(settings)
     if importlib.util.find_spec("vllm") is None:
-        raise ConfigError("vLLM is not installed; run: make install, or start with --backend sim")
+        raise ConfigError("vLLM is not installed; run: make clean install, or start with --backend sim")
     from engine.backends.vllm import VllmBackend
 
     return VllmBackend(settings, resolve(settings.model))

@@ -134,7 +134,8 @@ def _require(*modules: str) -> None:
     missing = [module for module in modules if importlib.util.find_spec(module) is None]
     if missing:
         raise ConfigError(
-            f"making the default model needs {', '.join(missing)}; run: make install, or pip install 'tidegate[engine]'"
+            f"making the default model needs {', '.join(missing)}; "
+            "run: make clean install, or pip install 'tidegate[engine]'"
         )
 
 

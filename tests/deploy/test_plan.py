@@ -54,7 +54,7 @@ def test_auto_prefers_real_tokens(wanted: str, configured: str, has_vllm: bool, 
 
 
 def test_asking_for_a_missing_vllm_says_what_to_do() -> None:
-    with pytest.raises(ConfigError, match="make install"):
+    with pytest.raises(ConfigError, match="make clean install"):
         choose_backend("vllm", "vllm", has_vllm=False)
 
 

@@ -9,9 +9,9 @@ from protos.core.errors import ConfigError
 
 
 class FakeChild:
-    """Runs from `start` until told otherwise; `obeys` says whether SIGTERM ends it."""
+    """Runs from `start` until told otherwise; `obeys` says which SIGTERM ends it, the first one or a later one."""
 
-    def __init__(self, name: str, log: list[str], *, obeys: bool = True) -> None:
+    def __init__(self, name: str, log: list[str], *, obeys: int = 1) -> None:
         self.name, self.log, self.obeys = name, log, obeys
         self.pid: int | None = None
         self.code: int | None = None
@@ -29,7 +29,8 @@ class FakeChild:
 
     def terminate(self) -> None:
         self.log.append(f"terminate {self.name}")
-        if self.obeys:
+        self.obeys -= 1
+        if not self.obeys:
             self.die(0)
 
     def kill(self) -> None:
@@ -67,7 +68,7 @@ class Ear:
 
 
 class World:
-    def __init__(self, *, obeys: bool = True) -> None:
+    def __init__(self, *, obeys: int = 1) -> None:
         self.log: list[str] = []
         self.ear = Ear()
         self.gateway = FakeChild("gateway", self.log)
@@ -121,16 +122,27 @@ def test_gateway_ends_before_the_workers() -> None:
     assert world.log[2:] == ["terminate gateway", "terminate worker-1"]
 
 
-def test_part_that_does_not_drain_in_time_is_killed() -> None:
-    world = World(obeys=False)
+NEVER = 99
+
+
+def test_part_that_does_not_drain_in_time_is_told_to_hurry_and_then_killed() -> None:
+    world = World(obeys=NEVER)
     world.tick(2)
     world.stack.stop(2.0, is_hurried=lambda: False)
-    assert world.log[2:] == ["terminate gateway", "terminate worker-1", "kill worker-1"]
+    assert world.log[2:] == ["terminate gateway", "terminate worker-1", "terminate worker-1", "kill worker-1"]
     assert any("worker-1 did not end within 2 s" in line for line in world.ear.events)
 
 
-def test_second_interrupt_kills_what_is_left() -> None:
-    world = World(obeys=False)
+def test_second_interrupt_lets_a_part_end_in_good_order() -> None:
+    """A gateway that is killed breaks its streams off, and its capture."""
+    world = World(obeys=2)
+    world.tick(2)
+    world.stack.stop(1e6, is_hurried=lambda: True)
+    assert world.log[2:] == ["terminate gateway", "terminate worker-1", "terminate worker-1"]
+
+
+def test_second_interrupt_kills_what_does_not_end() -> None:
+    world = World(obeys=NEVER)
     world.tick(2)
     world.stack.stop(1e6, is_hurried=lambda: True)
     assert world.log[-1] == "kill worker-1"
