@@ -228,7 +228,11 @@ def _completion_logprobs(tokens: Sequence[TokenLogprob], offset: int) -> dict[st
     return {
         "tokens": [token.token for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [{other.token: other.logprob for other in token.top} or None for token in tokens],
+        "top_logprobs": [
+            # The sampled token is always there: OpenAI promises it, and clients look whether it was the best one.
+            {token.token: token.logprob} | {other.token: other.logprob for other in token.top}
+            for token in tokens
+        ],
         "text_offset": offsets,
     }
 

@@ -129,7 +129,8 @@ class ChatCompletionChunk(msgspec.Struct, kw_only=True):
 class CompletionLogprobs(msgspec.Struct):
     tokens: list[str]
     token_logprobs: list[float]
-    top_logprobs: list[dict[str, float] | None]
+    top_logprobs: list[dict[str, float]]
+    """The best ones, and the sampled one."""
     text_offset: list[int]
 
 

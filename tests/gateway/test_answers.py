@@ -114,7 +114,7 @@ def test_completion_stream_and_its_offsets() -> None:
     assert first.choices[0].logprobs is not None
     assert second.choices[0].logprobs is not None
     assert (first.choices[0].logprobs.text_offset, second.choices[0].logprobs.text_offset) == ([0], [2])
-    assert first.choices[0].logprobs.top_logprobs == [{"ho": -1.5}]
+    assert first.choices[0].logprobs.top_logprobs == [{"he": -0.25, "ho": -1.5}]
     assert reason.choices[0].finish_reason == "length"
     assert usage.usage is not None
     assert usage.usage.total_tokens == 8
@@ -139,6 +139,14 @@ def test_whole_completion_answer() -> None:
     assert answer.choices[0].text == "Hi"
     assert answer.choices[0].logprobs is not None
     assert answer.choices[0].logprobs.tokens == ["he"]
+
+
+def test_completion_logprobs_without_alternatives_have_the_sampled_token() -> None:
+    alone = [TokenLogprob("he", -0.25, b"he", ())]
+    whole = CompletionAnswer("r", "m", 1).whole([Choice(["he"], alone, "stop")], USAGE, None)
+    logprobs = Completion.model_validate_json(whole, strict=True).choices[0].logprobs
+    assert logprobs is not None
+    assert logprobs.top_logprobs == [{"he": -0.25}]
 
 
 def test_generate_answers_text_and_usage() -> None:
