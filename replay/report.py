@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from protos.core.errors import CaptureError
 from protos.core.record import PHASES
 from replay.result import Result
 from replay.scale import Shape
 from replay.stats import Quantiles, Summary
 
-LINE = 100
+PARQUET_ROWS = 4096
 
 
 def render(summary: Summary) -> str:
@@ -212,16 +214,23 @@ def _percent(share: float | None) -> str:
 
 
 def write_parquet(results: Sequence[Result], path: Path) -> None:
-    """One row per request, times in nanoseconds after the start of the run."""
+    """One row per request, times in nanoseconds after the start of the run; raises CaptureError.
+
+    In parts, because there is a gap for each token.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    columns: dict[str, list[Any]] = {name: [] for name in _parquet_row(None)}
-    for result in results:
-        for name, value in _parquet_row(result).items():
-            columns[name].append(value)
-    arrays = {name: pa.array(values, type=_parquet_type(pa, name)) for name, values in columns.items()}
-    pq.write_table(pa.table(arrays), path, compression="zstd")
+    schema = pa.schema([(name, _parquet_type(pa, name)) for name in _parquet_row(None)])
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        with pq.ParquetWriter(temporary, schema, compression="zstd") as writer:
+            for start in range(0, len(results), PARQUET_ROWS):
+                rows = [_parquet_row(result) for result in results[start : start + PARQUET_ROWS]]
+                writer.write_table(pa.Table.from_pylist(rows, schema=schema))
+        os.replace(temporary, path)
+    except OSError as error:
+        raise CaptureError(f"{path}: cannot be written: {error.strerror or error}") from None
 
 
 _TEXT_COLUMNS = (

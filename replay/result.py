@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import enum
+from array import array
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -10,6 +12,11 @@ from replay.answer import Timing
 from replay.client import Exchange
 from replay.pacer import Due
 from replay.workload import Recorded, WorkloadRequest
+
+if TYPE_CHECKING:
+    Gaps = array[int]
+else:
+    Gaps = array  # cannot be subscripted before Python 3.12
 
 REFUSALS = (429, 503)
 
@@ -54,8 +61,8 @@ class Result(msgspec.Struct, frozen=True, kw_only=True, omit_defaults=True):
     output_tokens: int | None = None
     """From usage."""
     content_events: int = 0
-    gaps_us: tuple[int, ...] = ()
-    """Microseconds between content events."""
+    gaps_us: Gaps = msgspec.field(default_factory=lambda: array("q"))
+    """Microseconds between content events; packed, because a run has one per token."""
     timing: Timing | None = None
     recorded: Recorded | None = None
 
@@ -126,7 +133,7 @@ def result_of(
         cached_tokens=timing.cached_tokens if timing else usage.cached_tokens if usage else None,
         output_tokens=usage.completion_tokens if usage else None,
         content_events=exchange.content_events,
-        gaps_us=tuple(gap // 1000 for gap in exchange.gaps_ns),
+        gaps_us=array("q", (gap // 1000 for gap in exchange.gaps_ns)),
         timing=timing,
         recorded=request.recorded,
     )

@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import os
+from array import array
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
 from protos.core import journal
 from protos.core.errors import CaptureError
-from replay.result import Result
+from replay.result import Gaps, Result
 from replay.scale import Shape
 from replay.slo import Slo
 from replay.workload import WorkloadFacts
@@ -64,8 +66,18 @@ class Run(msgspec.Struct, frozen=True):
     cuts: tuple[str, ...]
 
 
-_encoder = msgspec.json.Encoder()
-_result_decoder = msgspec.json.Decoder(Result)
+def _unpacked(value: Any) -> list[int]:
+    if isinstance(value, array):
+        return value.tolist()
+    raise NotImplementedError(type(value).__name__)
+
+
+def _packed(_: type, value: Any) -> Gaps:
+    return array("q", value)
+
+
+_encoder = msgspec.json.Encoder(enc_hook=_unpacked)
+_result_decoder = msgspec.json.Decoder(Result, dec_hook=_packed)
 
 
 def open_journal(directory: Path, facts: RunFacts) -> journal.JournalWriter[Result]:
@@ -106,7 +118,7 @@ def read_run(directory: Path) -> Run:
     try:
         facts = msgspec.convert(manifest.facts, RunFacts)
         results = [_result_decoder.decode(entry.data) for entry in journal.read(directory, cuts.append)]
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, OverflowError) as error:
         raise CaptureError(f"{directory}: not a replay of this version: {error}") from None
     cut_lines = tuple(f"{cut.segment}: cut after {cut.after_entries} entries" for cut in cuts)
     return Run(facts, _read_end(directory), results, manifest.dropped, cut_lines)

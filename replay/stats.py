@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 
@@ -149,6 +151,27 @@ def quantiles_ms(values_ns: Iterable[float | None]) -> Quantiles | None:
     return Quantiles(len(ordered), sum(ordered) / len(ordered), p50, p90, p95, p99, ordered[-1])
 
 
+def quantiles_of_counts_ms(counts_us: Counter[int]) -> Quantiles | None:
+    """The same of microseconds by how often each was there: gaps are too many to be sorted one by one."""
+    if not counts_us:
+        return None
+    values = sorted(counts_us)
+    ends = list(itertools.accumulate(counts_us[value] for value in values))
+    total = ends[-1]
+
+    def at(rank: int) -> int:
+        return values[bisect.bisect_right(ends, rank)]
+
+    def between(q: float) -> float:
+        position = q * (total - 1)
+        low = int(position)
+        return (at(low) + (at(min(low + 1, total - 1)) - at(low)) * (position - low)) / 1e3
+
+    p50, p90, p95, p99 = (between(q) for q in (0.5, 0.9, 0.95, 0.99))
+    mean = sum(value * count for value, count in counts_us.items()) / total / 1e3
+    return Quantiles(total, mean, p50, p90, p95, p99, values[-1] / 1e3)
+
+
 def summarize(run: Run) -> Summary:
     facts, results = run.facts, run.results
     finished = [result for result in results if result.fate is Fate.FINISHED]
@@ -230,16 +253,19 @@ def _warnings(run: Run) -> tuple[str, ...]:
 
 
 def _latencies(results: Sequence[Result], finished: Sequence[Result]) -> dict[str, Quantiles]:
-    rows: dict[str, Iterable[float | None]] = {
-        "ttft": (result.ttft_ns for result in finished),
-        "ttft from sent": (result.ttft_sent_ns for result in finished),
-        "tpot": (result.tpot_ns for result in finished),
-        "itl": (gap_us * 1000 for result in finished for gap_us in result.gaps_us),
-        "e2e": (result.e2e_ns for result in finished),
-        "e2e from sent": (result.e2e_sent_ns for result in finished),
-        "schedule lag": (result.lag_ns for result in results),
+    gaps_us: Counter[int] = Counter()
+    for result in finished:
+        gaps_us.update(result.gaps_us)
+    rows = {
+        "ttft": quantiles_ms(result.ttft_ns for result in finished),
+        "ttft from sent": quantiles_ms(result.ttft_sent_ns for result in finished),
+        "tpot": quantiles_ms(result.tpot_ns for result in finished),
+        "itl": quantiles_of_counts_ms(gaps_us),
+        "e2e": quantiles_ms(result.e2e_ns for result in finished),
+        "e2e from sent": quantiles_ms(result.e2e_sent_ns for result in finished),
+        "schedule lag": quantiles_ms(result.lag_ns for result in results),
     }
-    return {name: found for name, values in rows.items() if (found := quantiles_ms(values)) is not None}
+    return {name: found for name, found in rows.items() if found is not None}
 
 
 def _streamed(timed: Sequence[tuple[Result, Timing]]) -> list[tuple[Result, Timing]]:

@@ -66,7 +66,17 @@ async def test_run_sends_everything_and_writes_its_folder(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run/summary.json").read_bytes())["sent"] == 5
     table = pq.read_table(tmp_path / "run/requests.parquet")
     assert table.num_rows == 5
+    assert table["gaps_us"].to_pylist() == [each.gaps_us.tolist() for each in run.read_run(tmp_path / "run").results]
+    assert [len(gaps) for gaps in table["gaps_us"].to_pylist()] == [3] * 5
     assert table["prefill_ns"].to_pylist() == [700_000] * 5
+
+
+async def test_table_is_written_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "PARQUET_ROWS", 2)
+    async with FakeServer(fake.good_stream()) as server:
+        await replay(small_workload(), tmp_path / "run", server.url)
+    assert pq.ParquetFile(tmp_path / "run/requests.parquet").num_row_groups == 3
+    assert sorted(pq.read_table(tmp_path / "run/requests.parquet")["index"].to_pylist()) == [0, 1, 2, 3, 4]
 
 
 async def test_made_up_prompts_are_new_in_every_run(tmp_path: Path) -> None:

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+from array import array
+from collections import Counter
+
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +16,7 @@ from replay.result import Fate, Result
 from replay.run import Run, RunEnd, RunFacts
 from replay.scale import measure
 from replay.slo import Slo, parse_slo
-from replay.stats import quantile, quantiles_ms, summarize
+from replay.stats import quantile, quantiles_ms, quantiles_of_counts_ms, summarize
 from replay.workload import Recorded, WorkloadFacts
 
 MS = 1_000_000
@@ -34,7 +38,7 @@ def result(index: int = 0, **changes: object) -> Result:
         "status": 200,
         "prompt_tokens": 5,
         "output_tokens": 10,
-        "gaps_us": (10_000,) * 9,
+        "gaps_us": array("q", [10_000] * 9),
     }
     return Result(**values | changes)  # type: ignore[arg-type]
 
@@ -115,6 +119,14 @@ def test_quantiles_of_known_values() -> None:
     assert found is not None
     assert (found.p50, found.p95, found.p99, found.max, found.mean) == (50, 95, 99, 100, 50)
     assert quantiles_ms([None, None]) is None
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1))
+def test_quantiles_of_counts_are_those_of_the_values(values_us: list[int]) -> None:
+    found, whole = quantiles_of_counts_ms(Counter(values_us)), quantiles_ms(value * 1000 for value in values_us)
+    assert found is not None
+    assert whole is not None
+    assert msgspec.structs.astuple(found) == pytest.approx(msgspec.structs.astuple(whole))
 
 
 TIMING = Timing(phases_ns=Phases(queue=2 * MS, prefill=6 * MS, decode=90 * MS), total_ns=98 * MS)
