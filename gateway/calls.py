@@ -25,6 +25,9 @@ Seed = Annotated[int, msgspec.Meta(ge=-INT64_MAX - 1, le=INT64_MAX)]
 TokenId = Annotated[int, msgspec.Meta(ge=0, le=2**31 - 1)]
 Penalty = Annotated[float, msgspec.Meta(ge=-2, le=2)]
 Text = Annotated[str, msgspec.Meta(min_length=1)]
+ModelName = Annotated[str, msgspec.Meta(max_length=1024)]
+"""Bounded, as the next one is, because a refusal repeats it: to the client, in its record and in its trace."""
+BandName = Annotated[str, msgspec.Meta(max_length=64)]
 TokenIds = Annotated[list[TokenId], msgspec.Meta(min_length=1)]
 Stop = Text | Annotated[list[Text], msgspec.Meta(max_length=16)]
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
@@ -54,7 +57,7 @@ class StreamOptions(msgspec.Struct):
 class _SamplingFields(msgspec.Struct, kw_only=True):
     """What the endpoints share; the second group are vLLM's extensions, the third those that are not supported."""
 
-    model: str | None = None
+    model: ModelName | None = None
     max_tokens: Count | None = None
     temperature: Annotated[float, msgspec.Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, msgspec.Meta(gt=0, le=1)] | None = None
@@ -68,7 +71,7 @@ class _SamplingFields(msgspec.Struct, kw_only=True):
     stream_options: Annotated[StreamOptions, _rule("Only with `stream: true`.")] | None = None
     user: str | None = None
 
-    priority: str | Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
+    priority: BandName | Annotated[int, msgspec.Meta(ge=0, le=63)] | None = None
     top_k: Annotated[int, msgspec.Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, msgspec.Meta(ge=0, le=1)] | None = None
     repetition_penalty: Annotated[float, msgspec.Meta(gt=0, le=10)] | None = None

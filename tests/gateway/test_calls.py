@@ -84,6 +84,8 @@ def completion(**fields: Any) -> bytes:
         ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"modalities": ["audio"]}, "modalities"),
         ({"audio": {"voice": "x"}}, "audio"),
+        ({"model": "m" * 1025}, "model"),
+        ({"priority": "b" * 65}, "priority"),
         ({"structured_outputs": {"choice": ["a", "b"]}}, "structured_outputs"),
         ({"guided_json": {"type": "object"}}, "guided_json"),
         ({"allowed_token_ids": [5]}, "allowed_token_ids"),
