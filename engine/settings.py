@@ -32,8 +32,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     port: Port = 9101
     name: str = "worker-1"
     profile: str = ""
-    drain_s: Seconds = 60.0
-    """After SIGTERM running requests get this long to finish."""
+    drain_s: Seconds = 300.0
+    """After SIGTERM running requests get this long to finish: as long as a gateway lets them run."""
     is_verbose: bool = False
     step_log: str = ""
     """File to which the engine's steps and requests are written, for `tidegate engine calibrate`."""

@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from deploy.cli import app
+from engine.settings import EngineSettings
 from gateway.members import read_workers
 from gateway.metrics import Metrics, StateCollector
 from gateway.settings import GatewaySettings, Limits
@@ -107,10 +108,28 @@ def test_pipelines_name_components_that_are_configured() -> None:
         assert set(config["service"].get("extensions", ())) <= set(config.get("extensions", {}))
 
 
+def test_worker_that_is_stopped_finishes_whatever_a_gateway_lets_run() -> None:
+    """Else a rolling restart of workers breaks long answers off."""
+    assert EngineSettings().drain_s >= Limits().total_s
+
+
+def test_containers_outlive_a_drain() -> None:
+    for name, drain_s in (("gateway", Limits().drain_s), ("worker", EngineSettings().drain_s)):
+        assert int(compose()[name]["stop_grace_period"].removesuffix("s")) > drain_s
+
+
 def test_pods_outlive_a_drain() -> None:
-    for kind, name in (("Deployment", "tidegate-gateway"), ("StatefulSet", "tidegate-worker")):
+    for kind, name, drain_s in (
+        ("Deployment", "tidegate-gateway", Limits().drain_s),
+        ("StatefulSet", "tidegate-worker", EngineSettings().drain_s),
+    ):
         pod = kubernetes()[kind, name]["spec"]["template"]["spec"]
-        assert pod["terminationGracePeriodSeconds"] > Limits().drain_s
+        waits_s = [
+            container["lifecycle"]["preStop"]["sleep"]["seconds"]
+            for container in pod["containers"]
+            if "lifecycle" in container
+        ]
+        assert pod["terminationGracePeriodSeconds"] > drain_s + sum(waits_s)
         assert pod["enableServiceLinks"] is False
         for container in pod["containers"]:
             assert "readinessProbe" in container
