@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import textwrap
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -67,7 +68,8 @@ def _outcomes(summary: Summary) -> Iterator[str]:
     if slo:
         yield f"goodput {summary.goodput_per_s:.2f} requests/s ({summary.goodput_met} met {slo})"
     for kind, count in summary.errors.items():
-        yield f"  error {kind}: {count}"
+        message = summary.error_messages.get(kind)
+        yield f"  error {kind}: {count}" + (f', the first: "{textwrap.shorten(message, 70)}"' if message else "")
     for reason, count in summary.reject_reasons.items():
         yield f"  refused {reason}: {count}"
 

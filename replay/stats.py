@@ -112,6 +112,8 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     sent: int
     fates: dict[str, int]
     errors: dict[str, int]
+    error_messages: dict[str, str]
+    """What the first one of each kind said, where it said something."""
     reject_reasons: dict[str, int]
     statuses: dict[str, int]
     duration_s: float
@@ -193,6 +195,7 @@ def summarize(run: Run) -> Summary:
         sent=run.end.sent if run.end else len(results) + run.dropped,
         fates=_counted(result.fate.value for result in results),
         errors=_counted(result.error_kind for result in results if result.fate in (Fate.FAILED, Fate.REJECTED)),
+        error_messages=_first_messages(results),
         reject_reasons=_counted(result.reject_reason for result in results),
         statuses=_counted(str(result.status) for result in results if result.status),
         duration_s=duration_s,
@@ -216,6 +219,14 @@ def summarize(run: Run) -> Summary:
         slowest=_slowest(finished),
         definitions=DEFINITIONS,
     )
+
+
+def _first_messages(results: Iterable[Result]) -> dict[str, str]:
+    messages: dict[str, str] = {}
+    for result in results:
+        if result.fate in (Fate.FAILED, Fate.REJECTED) and result.error_kind and result.error:
+            messages.setdefault(result.error_kind, result.error)
+    return messages
 
 
 def _counted(values: Iterable[str | None]) -> dict[str, int]:

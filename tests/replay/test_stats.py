@@ -188,6 +188,12 @@ def test_slowest_request_is_from_intended_send() -> None:
     assert slowest.phases_ms == {"queue": 2.0, "prefill": 6.0, "decode": 90.0}
 
 
+def test_first_error_of_a_kind_is_in_the_report() -> None:
+    failed = {"fate": Fate.FAILED, "error_kind": "http_403", "status": 403}
+    text = render(summarize(a_run([result(**failed, error=f"the key\nis {name}'s") for name in ("a", "b")])))
+    assert """error http_403: 2, the first: "the key is a's\"""" in text
+
+
 def test_stalled_loop_is_client_limited() -> None:
     calm = RunEnd(is_interrupted=False, sent=1, stalled_ns=9 * MS, longest_stall_ns=9 * MS, duration_ns=1000 * MS)
     stalled = RunEnd(is_interrupted=False, sent=1, stalled_ns=11 * MS, longest_stall_ns=11 * MS, duration_ns=1000 * MS)
