@@ -165,7 +165,10 @@ class _Connection(asyncio.Protocol):
     async def run(self, exchange: Exchange, data: bytes) -> None:
         """Returns when the answer is complete or the connection is gone."""
         assert self._transport is not None
-        assert self.is_reusable
+        assert self._exchange is None
+        if not self._is_alive:  # a server may close at once, or talk, before this task runs again
+            exchange.fail("disconnected", "the server closed the connection before the request was sent")
+            return
         self._exchange = exchange
         self._sse = None
         self._body, self._body_bytes = [], 0

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+from collections.abc import Callable
 
 import pytest
 
@@ -86,6 +87,25 @@ async def test_connection_dropped_in_a_stream_is_disconnected() -> None:
 async def test_connection_dropped_before_an_answer_is_disconnected() -> None:
     exchange = await post(fake.raw(b""))
     assert (exchange.error_kind, exchange.status) == ("disconnected", 0)
+
+
+async def test_connection_dropped_before_the_request_is_disconnected(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On uvloop the loss of a new connection can come before the one who asked for it runs again."""
+
+    class Transport(asyncio.Transport):
+        def abort(self) -> None:
+            pass
+
+    async def connect_and_lose(factory: Callable[[], asyncio.Protocol], *_: object, **__: object) -> object:
+        connection = factory()
+        connection.connection_made(Transport())
+        connection.connection_lost(None)
+        return None, connection
+
+    monkeypatch.setattr(asyncio.get_running_loop(), "create_connection", connect_and_lose)
+    exchange = await client_for("http://127.0.0.1:1").post("/v1/chat/completions", {}, b"{}")
+    assert (exchange.error_kind, exchange.sent_ns) == ("disconnected", 0)
+    assert exchange.done_ns > 0
 
 
 async def test_refusal_keeps_status_reason_and_message() -> None:
