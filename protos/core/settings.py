@@ -68,7 +68,7 @@ def read_file(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file}: no such file; pass an existing one with --config") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{file}: cannot be read: {error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # not TOMLDecodeError alone: a number of 5,000 digits is another
         raise ConfigError(f"{file}: not valid TOML: {error}") from None
     for name in data:
         if name not in SECTIONS:

@@ -82,6 +82,8 @@ def test_service_links_of_kubernetes_are_ignored(tmp_path: Path) -> None:
         ('[gateway.capture]\nlevel = "all"\n', "tidegate.toml: gateway.capture.level: invalid enum value 'all'"),
         ("gateway = 1\n", "gateway must be a section, written [gateway]"),
         ("[gateway\n", "not valid TOML"),
+        pytest.param(f"port = {'9' * 5000}\n", "not valid TOML", id="number without end"),
+        pytest.param(f"port = {'[' * 5000}\n", "not valid TOML", id="array without end"),
     ],
 )
 def test_mistake_in_the_file_names_file_and_key(toml: str, message: str, tmp_path: Path) -> None:
