@@ -197,8 +197,8 @@ REFUSED_HEADERS = [
     (b"x-tidegate-deadline-ms: " + b"9" * 13, "x-tidegate-deadline-ms"),
     (b"x-tidegate-deadline-ms: " + b"9" * 5000, "x-tidegate-deadline-ms"),
     (b"x-tidegate-deadline-ms: 5\r\nx-tidegate-deadline-ms: 6", "x-tidegate-deadline-ms"),
-    *((b"x-tidegate-priority: " + value, "priority") for value in (b"-1", b"0", b"", b"god", b"\xff")),
-    (b"x-tidegate-priority: critical\r\nx-tidegate-priority: batch", "priority"),
+    *((b"x-tidegate-priority: " + value, "x-tidegate-priority") for value in (b"-1", b"0", b"", b"god", b"\xff")),
+    (b"x-tidegate-priority: critical\r\nx-tidegate-priority: batch", "x-tidegate-priority"),
     *(
         (b"x-tidegate-tenant: " + value, "x-tidegate-tenant")
         for value in (b"", b"../x", b"a b", b"\xc3\xa9", b"a" * 65)
