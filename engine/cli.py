@@ -26,6 +26,8 @@ from protos.core.errors import ConfigError
 if TYPE_CHECKING:
     from engine.calibrate import Sample
 
+SHORTEST_RUN_S = 1
+
 engine_app = typer.Typer(invoke_without_command=True)
 model_app = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 
@@ -102,7 +104,11 @@ def calibrate(
     from engine import calibrate as calibration
     from engine import step_log
 
+    if output is not None:
+        _require_writable(output)
     if run:
+        if not seconds >= SHORTEST_RUN_S:
+            raise ConfigError(f"--seconds {seconds:g}: --run takes {SHORTEST_RUN_S} s or more")
         flags = {"backend": backend, "model": model, "profile": profile}
         sample = _run_calibration(load_settings(config, dict(os.environ), flags), log, seconds, seed)
     elif log is None:
@@ -115,6 +121,17 @@ def calibrate(
     typer.echo("\n".join(calibration.report(result)))
     if output is not None:
         write_profile(output, calibration.profile(result))
+
+
+def _require_writable(path: Path) -> None:
+    """Before minutes of driving an engine are spent on it. Raises ConfigError."""
+    was_there = path.exists()
+    try:
+        path.open("ab").close()
+    except OSError as error:
+        raise ConfigError(f"cannot write {path}: {error.strerror}") from None
+    if not was_there:
+        path.unlink()
 
 
 def write_profile(path: Path, text: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -28,3 +29,20 @@ def test_options_of_the_worker_before_a_command_beside_it_are_refused(option: tu
     result = CliRunner().invoke(app, ["engine", *option, "calibrate", "log.jsonl"])
     assert isinstance(result.exception, ConfigError)
     assert str(result.exception).startswith(f"{option[0]} is before 'calibrate'")
+
+
+@pytest.mark.parametrize("seconds", ["0", "-5", "nan"])
+def test_calibration_runs_for_a_time_that_there_is(seconds: str) -> None:
+    result = CliRunner().invoke(app, ["engine", "calibrate", "--run", "--backend", "sim", "--seconds", seconds])
+    assert isinstance(result.exception, ConfigError)
+    assert str(result.exception).startswith("--seconds")
+
+
+def test_place_of_a_profile_is_tried_before_the_engine_is(tmp_path: Path) -> None:
+    """The log is missing as well, which is found later."""
+    arguments = ["engine", "calibrate", str(tmp_path / "log.jsonl"), "-o"]
+    nowhere = CliRunner().invoke(app, [*arguments, str(tmp_path / "missing" / "mine.toml")])
+    assert "mine.toml: No such file" in str(nowhere.exception)
+    somewhere = CliRunner().invoke(app, [*arguments, str(tmp_path / "mine.toml")])
+    assert "log.jsonl: No such file" in str(somewhere.exception)
+    assert list(tmp_path.iterdir()) == []
