@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -90,25 +91,39 @@ def _body(entry: CaptureEntry, block_tokens: dict[int, int]) -> Body:
     )
 
 
+class _Session:
+    """Which requests of a session nothing has followed yet."""
+
+    def __init__(self) -> None:
+        self._running: list[tuple[int, int]] = []
+        """Heap of (end, index)."""
+        self._ended: list[int] = []
+        """In order of their ends."""
+
+    def take(self, index: int, at_ns: int, end_ns: int) -> int | None:
+        """Adds a request, later than all before, and returns the one that it follows.
+
+        That is the last to have ended, for which the client had waited; one that ended before it, such as a title made
+        beside a turn, is for a parallel request.
+        """
+        while self._running and self._running[0][0] <= at_ns:
+            self._ended.append(heapq.heappop(self._running)[1])
+        heapq.heappush(self._running, (end_ns, index))
+        return self._ended.pop() if self._ended else None
+
+
 def _chained(requests: list[tuple[RequestRecord, Body]]) -> list[WorkloadRequest]:
     """Requests of one session follow each other where the recorded client waited; parallel ones start chains."""
     if not requests:
         return []
     start_ns = requests[0][0].arrived_unix_ns
-    open_chains: dict[str, list[int]] = {}  # session -> the last request of each of its chains
+    sessions: dict[str, _Session] = {}
     chained: list[WorkloadRequest] = []
     for index, (record, body) in enumerate(requests):
         at_ns = record.arrived_unix_ns - start_ns
         after = None
         if record.session:
-            tails = open_chains.setdefault(record.session, [])
-            # The last to have ended is what the client had waited for. Nothing follows an older one, such as a title
-            # that was made beside a turn.
-            ended = [tail for tail in tails if _ended_ns(chained[tail]) <= at_ns]
-            after = max(ended, key=lambda tail: _ended_ns(chained[tail]), default=None)
-            if after is not None:
-                tails.remove(after)
-            tails.append(index)
+            after = sessions.setdefault(record.session, _Session()).take(index, at_ns, at_ns + record.total_ns)
         chained.append(
             WorkloadRequest(
                 at_ns=at_ns,
