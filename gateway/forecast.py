@@ -209,9 +209,19 @@ class EngineForecast:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
         return self.prompt_ns(self.unstarted_tokens)
 
+    @property
+    def ahead_tokens(self) -> int:
+        """Of the prompts that it was given, what the running step does not compute."""
+        return self.unstarted_tokens - min(self._joined_tokens, self._batch_tokens)
+
+    @property
+    def is_next_full(self) -> bool:
+        """Has it been given as much as the next step can compute? More would wait in the engine."""
+        return self.ahead_tokens >= self._batch_tokens
+
     def next_ns(self, tokens: int) -> float:
         """By how much the next step would be longer for one prompt more than those that it computes already."""
-        ahead = self.unstarted_tokens - self._joined_tokens
+        ahead = self.ahead_tokens
         return self.prompt_ns(ahead + tokens) if ahead else 0.0
 
     @property
@@ -244,6 +254,10 @@ class EngineForecast:
     def steps_until(self, places: float, mean_tokens: float) -> float:
         """Steps after the running one until so many places have been given back; new answers have `mean_tokens`."""
         return self._departures.steps_until(places, self._steps + 1, mean_tokens)
+
+    def prompt_steps(self, tokens: float) -> float:
+        """Steps after the running one that take as many prompt tokens as they can, until so many more are computed."""
+        return (self.ahead_tokens + tokens) / self._batch_tokens
 
     def after_step_ns(self, tokens: int) -> int | None:
         """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.

@@ -62,7 +62,9 @@ class Worker(msgspec.Struct, kw_only=True):
         return self.forecast.unstarted_tokens
 
     def may_start(self, tokens: int) -> bool:
-        """Do its answers keep their pace, so that a prompt may hold them up?"""
+        """Has its next step room for a prompt, and do its answers keep their pace, so that it may hold them up?"""
+        if self.forecast.is_next_full:
+            return False
         if not self.pace.has_target:
             return True
         return self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))

@@ -1,7 +1,8 @@
-"""When a waiting request gets its turn on a worker: two things hold it back, places and the pace of the answers.
+"""When a waiting request gets its turn on a worker: three things hold it back.
 
-Both are counted in the worker's steps. A place is free when an answer that has one ends (`gateway.departures`); the
-pace (`gateway.pace`) lets prompts in as fast as steps without one earn the time that they take.
+All are counted in the worker's steps. A place is free when an answer that has one ends (`gateway.departures`); a step
+computes only so many tokens of prompts; and the pace of the answers (`gateway.pace`) lets prompts in as fast as steps
+without one earn the time that they take.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ def wait_ns(worker: Worker, ahead: Work, share: float, now_ns: int) -> float | N
     prompts_ns = forecast.prompt_ns(tokens)
     steps = max(
         forecast.steps_until(requests + 1 - worker.room, ahead.mean_answer),
+        forecast.prompt_steps(tokens),
         worker.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
     )
     return forecast.turn_ns(steps, tokens, now_ns) if steps < math.inf else None

@@ -197,7 +197,7 @@ def test_draining_worker_gets_no_more() -> None:
 def test_a_share_of_the_sequences_is_kept_for_urgent_requests_while_there_is_company() -> None:
     scheduler = scheduler_with("w", slots=16)
     for number in range(20):
-        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=5_000))
+        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=100))
     scheduler.enqueue(ticket(20, tenant="loud", band=0))
     assert placed(scheduler.place(0)) == [20, *range(13)], "two of sixteen stay free"
     scheduler.enqueue(ticket(21, tenant="quiet"))
@@ -236,6 +236,19 @@ def test_prompts_that_yield_wait_in_the_gateway_and_not_in_the_engine() -> None:
     assert placed(scheduler.place(0)) == [0, 9, 1], "a worker of 2048 tokens a step has 400 to compute"
     scheduler.started(9, 1)
     assert placed(scheduler.place(1)) == [2]
+
+
+def test_prompts_beyond_the_next_step_wait_in_the_gateway() -> None:
+    scheduler = scheduler_with("w", slots=32)
+    for number in range(9):
+        scheduler.enqueue(ticket(number, input_tokens=1_500))
+    scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
+    assert placed(scheduler.place(0)) == [9, 0, 1], "one in the step that begins, and the next of 2048 tokens is full"
+    assert placed(scheduler.place(0)) == []
+    scheduler.started(9, 1)
+    scheduler.worker_reported("w", Load(running=3), is_draining=False)
+    scheduler.stepped("w", 1)
+    assert placed(scheduler.place(1)) == [2], "of 3000 tokens the running step leaves 952"
 
 
 def test_full_workers_do_not_send_anybody_to_a_broken_one() -> None:

@@ -14,6 +14,7 @@ from tests.gateway.fakes import model_info
 MS = 1_000_000
 STEP_MS, TOKEN_MS = 20, 0.5
 SLOTS = 4
+BATCH_TOKENS = 1_000
 NOW_NS = 3_600_000 * MS
 
 
@@ -24,7 +25,7 @@ def worker(pace: Pace | None = None) -> Worker:
 
 
 def _warm() -> EngineForecast:
-    forecast, now_ns = EngineForecast(), 0
+    forecast, now_ns = EngineForecast(BATCH_TOKENS), 0
     for number in range(-2 * WARM, 0):
         tokens = 10 * -number
         forecast.placed(number, tokens, now_ns)
@@ -90,6 +91,13 @@ def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
     ahead = Work(requests=1, tokens=60)
     steps = (debt_ms + 60 * TOKEN_MS) / STEP_MS
     assert wait_ms(on, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
+
+
+def test_a_step_takes_only_so_many_tokens_of_prompts() -> None:
+    on = worker()
+    run(on, *exact(90))
+    steps = 30_000 / BATCH_TOKENS
+    assert wait_ms(on, Work(requests=1, tokens=30_000)) == pytest.approx((1 + steps) * STEP_MS + 30_000 * TOKEN_MS)
 
 
 def test_a_queue_of_more_than_the_worker_runs_is_waited_for_answer_by_answer() -> None:

@@ -7,7 +7,7 @@ import msgspec
 import pytest
 
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result, direct
-from tests.virtual.workload import Slo, engine, poisson
+from tests.virtual.workload import Engine, Slo, engine, poisson
 
 ENGINE = engine()
 SLO = Slo()
@@ -16,16 +16,12 @@ NEARLY_FULL = 3.0
 """Requests per second that this engine can just serve in time."""
 
 
-def gateway(
-    jitter: Callable[[], float] = lambda: 1.0,
-    batch_tokens: int = ENGINE.max_batch_tokens,
-    slots: int = ENGINE.max_sequences,
-) -> Gateway:
+def gateway(jitter: Callable[[], float] = lambda: 1.0, model: Engine = ENGINE) -> Gateway:
     return Gateway(
-        ENGINE.parameters,
+        model.parameters,
         workers=1,
-        max_sequences=slots,
-        max_batch_tokens=batch_tokens,
+        max_sequences=model.max_sequences,
+        max_batch_tokens=model.max_batch_tokens,
         token_target_ns=SLO.tpot_ns,
         jitter=jitter,
     )
@@ -53,11 +49,22 @@ def test_goodput_under_overload_stays_at_its_peak(factor: int) -> None:
 def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch_tokens: int) -> None:
     """Prompts of code completion, 1,500 tokens in the median: under overload no step ends with all it began."""
     arrivals = poisson(8.0, SECONDS, slo=SLO, preset="azure-2023-code")
-    results = gateway(batch_tokens=batch_tokens).run(arrivals)
+    results = gateway(model=msgspec.structs.replace(ENGINE, max_batch_tokens=batch_tokens)).run(arrivals)
     admitted = [result for result in results if not result.is_refused]
     in_time = sum(bool(one.first_token_ns) and one.ttft_ns <= SLO.ttft_ns for one in admitted)
     assert in_time >= 0.9 * len(admitted)
     assert len(admitted) >= 2.5 * SECONDS
+
+
+def test_an_engine_of_small_steps_is_not_given_more_than_it_can_compute() -> None:
+    """All of its steps are full and take as long, so that nothing tells what a prompt costs."""
+    small = msgspec.structs.replace(engine("qwen3-14b-h100"), max_batch_tokens=512)
+    results = gateway(model=small).run(poisson(36.0, SECONDS, slo=SLO))
+    started = [result for result in results if result.first_token_ns]
+    in_engine_s = sorted((result.first_token_ns - result.dispatched_ns) / SECOND_NS for result in started)
+    assert in_engine_s[int(0.9 * len(started))] < 0.4, "the longest prompt takes six steps of 50 ms"
+    late = sum(result.ttft_ns > SLO.ttft_ns for result in started)
+    assert late <= 0.05 * len(started) > 50
 
 
 @pytest.mark.parametrize("slots", [4, 32])
@@ -68,7 +75,7 @@ def test_a_queue_of_answers_of_one_length_is_refused_early(slots: int) -> None:
         msgspec.structs.replace(one, has_fixed_output=True, prompt_tokens=200, output_tokens=200)
         for one in poisson(0.6 * slots, SECONDS, slo=slo)
     ]
-    results = gateway(slots=slots).run(arrivals)
+    results = gateway(model=msgspec.structs.replace(ENGINE, max_sequences=slots)).run(arrivals)
     expired = sum(result.is_expired for result in results)
     assert expired <= 0.05 * len(results) < 0.3 * len(results) <= sum(result.is_refused for result in results)
 
