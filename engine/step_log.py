@@ -6,6 +6,7 @@ clock.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +14,8 @@ import msgspec
 
 from engine.sim.parameters import Work
 from protos.core.errors import ConfigError
+
+_log = logging.getLogger("tidegate.engine")
 
 STEP_LOG = "TIDEGATE_STEP_LOG"
 """Path of the log, for vLLM's engine process; set by the worker for its children."""
@@ -71,16 +74,26 @@ class StepLog(msgspec.Struct):
 
 
 class StepLogWriter:
-    """Appends to a file; a line is in it when `write` returns, so that a killed engine leaves whole lines."""
+    """Appends to a file; a line is in it when `write` returns, so that a killed engine leaves whole lines.
+
+    Where the disk takes no more the log ends, and the engine goes on.
+    """
 
     def __init__(self, path: Path) -> None:
+        self._path = path
         self._file = path.open("ab", buffering=0)
 
     def close(self) -> None:
         self._file.close()
 
     def write(self, *entries: Entry) -> None:
-        self._file.write(b"".join(_encoder.encode(entry) + b"\n" for entry in entries))
+        if self._file.closed:
+            return
+        try:
+            self._file.write(b"".join(_encoder.encode(entry) + b"\n" for entry in entries))
+        except OSError as error:
+            self._file.close()
+            _log.warning("the step log %s ends here: %s", self._path, error.strerror)
 
 
 def create(path: Path) -> None:

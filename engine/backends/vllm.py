@@ -125,6 +125,7 @@ class VllmBackend:
         self._processes = EngineProcesses()
         self._sockets = VllmSockets()
         self._requests: set[_Request] = set()
+        self._is_dead = False
         self._tasks = asyncio.TaskGroup()
         self._numbers = itertools.count()
         self._context_tokens = 0
@@ -146,6 +147,9 @@ class VllmBackend:
 
     def submit(self, submit: Submit, received_ns: int, sink: Sink) -> Cancel:
         request = _Request(submit, received_ns, sink)
+        if self._is_dead:  # the worker has not heard of it yet, and the group of tasks is closing or closed
+            request.fail(FailureKind.UNAVAILABLE, "the engine died")
+            return _nothing
         self._requests.add(request)
         task = self._tasks.create_task(self._serve(request))
         task.add_done_callback(lambda _: self._requests.discard(request))
@@ -169,6 +173,7 @@ class VllmBackend:
                 if wrong := stall.observe(self._look()):
                     why = wrong
                     self._processes.kill()  # vLLM notices that
+            self._is_dead = True
             for request in self._requests:
                 request.fail(FailureKind.UNAVAILABLE, "the engine died")
         return f"vLLM's engine {why}"
@@ -325,6 +330,10 @@ class VllmBackend:
             raise ConfigError(f"vLLM cannot serve {self._source}: {_one_line(error)}") from None
         _choose_scheduler(config, self._settings)
         return _start_engine(AsyncLLM, config, self._recorder)
+
+
+def _nothing() -> None:
+    """Cancel of a request that ended at once."""
 
 
 def _choose_scheduler(config: Any, settings: EngineSettings) -> None:

@@ -184,6 +184,16 @@ def test_workload_stays_within_the_context() -> None:
 # ---------------------------------------------------------------- logs
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no full disk here")
+def test_full_disk_ends_the_log_and_not_the_engine(caplog: pytest.LogCaptureFixture) -> None:
+    writer = StepLogWriter(Path("/dev/full"))
+    for _ in range(3):
+        writer.write(FACTS)
+    assert [record.getMessage() for record in caplog.records] == [
+        "the step log /dev/full ends here: No space left on device"
+    ]
+
+
 def write(path: Path, log: StepLog) -> None:
     writer = StepLogWriter(path)
     writer.write(log.engine, *log.steps, *log.requests)

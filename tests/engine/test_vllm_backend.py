@@ -1,0 +1,42 @@
+"""vLLM's backend around an engine that is none."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import SimpleNamespace
+
+from engine.backends.vllm import VllmBackend
+from engine.settings import EngineSettings
+from protos.core.contract import Failed, FailureKind, Finished, Started, TokenLogprob
+from tests.engine.peer import submit
+
+
+class Ends:
+    """A Sink that keeps how requests end."""
+
+    def __init__(self) -> None:
+        self.failures: list[Failed] = []
+
+    def started(self, started: Started) -> None:
+        raise AssertionError
+
+    def delta(
+        self, slot: int, text: str, token_ids: Sequence[int], choice: int, logprobs: tuple[TokenLogprob, ...] | None
+    ) -> None:
+        raise AssertionError
+
+    def finished(self, finished: Finished) -> None:
+        raise AssertionError
+
+    def failed(self, failed: Failed) -> None:
+        self.failures.append(failed)
+
+
+async def test_request_that_comes_after_the_engines_death_fails_as_those_before_it() -> None:
+    """Between the engine's death and the worker's drain; an exception there would take the whole session down."""
+    backend, ends = VllmBackend(EngineSettings(), "model"), Ends()
+    backend._engine = SimpleNamespace(errored=True)
+    assert "gone" in await backend.run()
+    cancel = backend.submit(submit(7), 1, ends)
+    cancel()
+    assert [(failure.slot, failure.kind) for failure in ends.failures] == [(7, FailureKind.UNAVAILABLE)]
