@@ -102,10 +102,10 @@ async def _serve(
         )
         background = [tasks.create_task(fleet.run()), tasks.create_task(reload.run(pipeline, fleet))]
         refusal = tasks.create_task(_refusal(fleet, stop))
-        servers = [
+        servers = clients, _ = (
             Server(public_app(pipeline, fleet, scheduler, settings.limits)),
             Server(operator_app(pipeline, fleet, scheduler, recorder, metrics.registry)),
-        ]
+        )
         running = [
             tasks.create_task(server.serve(sockets=[listener]))
             for server, listener in zip(servers, (public, operator), strict=True)
@@ -116,6 +116,7 @@ async def _serve(
         gc.set_threshold(GARBAGE_THRESHOLD)
         log.info("%s: serving on %s, operators on %s", settings.name, _address(public), _address(operator))
         await stop.wait()
+        clients.part()
         log.info("%s: draining %d requests", settings.name, pipeline.active)
         _on_signal(pipeline.hurry)
         await pipeline.drain(settings.limits.drain_s)

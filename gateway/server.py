@@ -39,3 +39,8 @@ class Server(uvicorn.Server):
     @contextlib.contextmanager
     def capture_signals(self) -> Iterator[None]:
         yield
+
+    def part(self) -> None:
+        """From here on an answer is the last one of its connection: who is refused must not come back by the same."""
+        self.config.encoded_headers = [(b"connection", b"close")]
+        self.server_state.default_headers = self.config.encoded_headers  # uvicorn itself does so once a second

@@ -402,7 +402,9 @@ def test_sigterm_finishes_streams_and_refuses_new_requests(own: GatewayProcess) 
     assert refused.status == 503
     assert refused.headers["x-tidegate-reject-reason"] == "draining"
     assert refused.headers["retry-after"]
+    assert refused.headers["connection"] == "close"  # or a client with a pool would retry at this gateway
     assert json.loads(refused.read())["error"]["code"] == "service_unavailable"
+    assert kept.sock is None
     assert own.request("GET", "/ready")[0] == 503
     kept.close()
     whole = started + read_to_end(stream)
