@@ -108,12 +108,16 @@ def test_interrupt_lets_running_streams_finish(own_up: Up) -> None:
     assert not [process for process in family if process.is_running()]
 
 
-def test_second_interrupt_ends_at_once(own_up: Up) -> None:
-    stream = long_stream(own_up, 4000)
-    next(iter(stream))
-    own_up.process.send_signal(signal.SIGINT)
-    wait_until(lambda: "stopping" in own_up.output, "up drains")
-    assert own_up.stop(timeout_s=10) == 0
+def test_second_interrupt_ends_streams_with_an_error_event_at_once(own_up: Up) -> None:
+    with long_stream(own_up, 4000) as stream:
+        chunks = iter(stream)
+        next(chunks)
+        own_up.process.send_signal(signal.SIGINT)
+        wait_until(lambda: "stopping" in own_up.output, "up drains")
+        assert own_up.stop(timeout_s=10) == 0
+        with pytest.raises(openai.APIError, match="shutting down"):
+            for _ in chunks:
+                pass
 
 
 def test_killed_up_leaves_no_orphans(own_up: Up) -> None:
