@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import functools
 import heapq
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -57,7 +58,8 @@ def from_capture(directory: Path) -> Workload:
 
 def _is_kept(entry: CaptureEntry, skipped: Counter[str]) -> bool:
     if entry.content is None:
-        skipped["their content was not kept"] += 1
+        is_refused = entry.record.outcome is Outcome.REJECTED
+        skipped["they were refused unread" if is_refused else "their content was not kept"] += 1
     elif entry.record.endpoint not in ENDPOINTS:
         skipped[f"endpoint {entry.record.endpoint}"] += 1
     else:
@@ -222,10 +224,18 @@ def _azure_rows(path: Path) -> Iterator[tuple[int, int, int]]:
 
 
 def _unix_ns(stamp: str) -> int:
-    """`2023-11-16 18:15:46.6805900`: up to nine digits of a second, more than datetime takes."""
-    seconds, _, fraction = stamp.partition(".")
-    moment = datetime.datetime.strptime(seconds, "%Y-%m-%d %H:%M:%S").replace(tzinfo=datetime.UTC)
-    return int(moment.timestamp()) * 1_000_000_000 + int(fraction[:9].ljust(9, "0"))
+    """`2023-11-16 18:15:46.6805900`: up to nine digits of a second, more than datetime takes.
+
+    The traces of 2024 say `2024-05-10 00:00:00.009930+00:00`, and leave out a fraction of zero.
+    """
+    seconds, _, fraction = stamp.removesuffix("+00:00").partition(".")
+    return _unix_s(seconds) * 1_000_000_000 + int(fraction[:9].ljust(9, "0"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _unix_s(seconds: str) -> int:
+    """Kept, because a week's trace has dozens of requests in each second."""
+    return int(datetime.datetime.strptime(seconds, "%Y-%m-%d %H:%M:%S").replace(tzinfo=datetime.UTC).timestamp())
 
 
 def _of_lengths(index: int, at_ns: int, prompt_tokens: int, output_tokens: int) -> WorkloadRequest:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from protos.core.errors import CaptureError
@@ -29,6 +30,11 @@ def test_azure_rows_are_requests_of_their_own(end: str, tmp_path: Path) -> None:
     assert len({each.session for each in requests}) == 3
 
 
+def test_azure_rows_of_2024_name_their_zone(tmp_path: Path) -> None:
+    rows = ["2024-05-10 00:00:00.009930+00:00,2162,5", "2024-05-10 00:00:01+00:00,2399,6"]
+    assert [each.at_ns for each in from_azure(azure(tmp_path, rows)).requests] == [0, 990_070_000]
+
+
 def test_azure_window_starts_at_zero(tmp_path: Path) -> None:
     (request,) = from_azure(azure(tmp_path, ROWS), start_s=4, duration_s=5).requests
     assert request.at_ns == 314_579_000
@@ -48,6 +54,7 @@ def test_azure_rows_out_of_order_are_sorted_and_noted(tmp_path: Path) -> None:
         ("yesterday,374,4", ":3: not a row"),
         ("2023-11-16 18:15:46.6x,374,4", ":3: not a row"),
         ("2023-11-16 18:15:46,-1,4", ":3: negative"),
+        ("2023-11-16 18:15:46.68+01:00,374,4", ":3: not a row"),
     ],
 )
 def test_azure_row_that_is_wrong_is_named(row: str, message: str, tmp_path: Path) -> None:
@@ -118,6 +125,12 @@ def test_hashed_capture_keeps_lengths_and_shared_prefixes(tmp_path: Path) -> Non
 def test_requests_without_content_are_skipped_and_counted(tmp_path: Path) -> None:
     workload = from_capture(write_capture(tmp_path, [item(record(1, 0))], "off"))
     assert (list(workload.requests), workload.facts.skipped) == ([], {"their content was not kept": 1})
+
+
+def test_requests_refused_before_they_were_understood_are_skipped_and_counted(tmp_path: Path) -> None:
+    refused = msgspec.structs.replace(item(record(1, 0, outcome=Outcome.REJECTED, status=404)), sampling=None)
+    workload = from_capture(write_capture(tmp_path, [refused]))
+    assert (list(workload.requests), workload.facts.skipped) == ([], {"they were refused unread": 1})
 
 
 def test_requests_are_in_order_of_arrival_not_of_settling(tmp_path: Path) -> None:
