@@ -13,14 +13,12 @@ from collections.abc import Iterator
 import typer
 
 from deploy.demo import demo
-from deploy.lifecycle import EXIT_MISCONFIGURED
+from deploy.lifecycle import EXIT_INTERRUPTED, EXIT_MISCONFIGURED
 from deploy.up import up
 from engine.cli import engine_app, model_app
 from gateway.cli import gateway, key_app
 from protos.core.errors import TidegateError
 from replay.cli import capture_app, replay_app, workload_app
-
-EXIT_INTERRUPTED = 130
 
 app = typer.Typer(
     name="tidegate",

@@ -15,6 +15,8 @@ import msgspec
 SECOND_NS = 1_000_000_000
 EXIT_MISCONFIGURED = 2
 """What a Tidegate process ends with when starting it again would change nothing."""
+EXIT_INTERRUPTED = 130
+"""And with at Ctrl-C, where there is nothing to drain."""
 
 
 class State(enum.StrEnum):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from deploy.lifecycle import EXIT_INTERRUPTED
 from deploy.plan import LOOPBACK, TIDEGATE, Command, address, choose_backend, has_vllm, plan
 from deploy.settings import UpSettings
 from engine.cli import load_settings as load_engine_settings
@@ -133,6 +134,8 @@ def ensure_model(model: str) -> None:
         resolve(model)
     elif model not in {pulled.name for pulled in pulled_models()}:
         pulling = subprocess.run([*TIDEGATE, "model", "pull", model])
+        if pulling.returncode == EXIT_INTERRUPTED:
+            raise KeyboardInterrupt  # which only counts here, and went to both
         if pulling.returncode != 0:
             raise ConfigError(f"the model {model} could not be fetched: see above, or serve another with --model")
 

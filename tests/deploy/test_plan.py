@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ import pytest
 from deploy import up
 from deploy.plan import choose_backend, plan
 from deploy.settings import UpSettings
+from engine.settings import DEFAULT_MODEL
 from protos.core.errors import ConfigError
 
 
@@ -92,6 +94,16 @@ def test_workers_beyond_the_last_port_are_refused() -> None:
 )
 def test_what_to_try_next_can_be_tried(host: str, url: str) -> None:
     assert f" {url}v1/chat/completions" in up.next_steps(UpSettings(host=host), "m")
+
+
+@pytest.mark.parametrize(("status", "raised"), [(130, KeyboardInterrupt), (2, ConfigError)])
+def test_interrupt_while_the_model_is_fetched_is_no_failure(
+    status: int, raised: type[BaseException], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TIDEGATE_HOME", str(tmp_path))
+    monkeypatch.setattr(up, "TIDEGATE", (sys.executable, "-c", f"raise SystemExit({status})"))
+    with pytest.raises(raised):
+        up.ensure_model(DEFAULT_MODEL)
 
 
 def test_log_folder_that_cannot_be_is_refused_with_its_flag(tmp_path: Path) -> None:
