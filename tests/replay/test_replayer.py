@@ -4,6 +4,7 @@ import asyncio
 import io
 import json
 import os
+import resource
 import signal
 import socket
 import sys
@@ -232,6 +233,22 @@ async def test_late_generator_is_client_limited(tmp_path: Path) -> None:
     text = report.render(summary)
     assert "CLIENT-LIMITED" in text
     assert "NOT the server's" in text
+
+
+@pytest.mark.parametrize(
+    ("now", "most", "wanted"),
+    [(256, 4096, 4096), (256, resource.RLIM_INFINITY, 10240), (20_000, resource.RLIM_INFINITY, 20_000)],
+)
+async def test_open_files_are_never_set_to_unlimited(
+    now: int, most: int, wanted: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """macOS refuses that, and says that the hard limit is."""
+    asked: list[tuple[int, int]] = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (now, most))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limits: asked.append(limits))
+    async with FakeServer(fake.good_stream()) as server:
+        await replay(small_workload(), tmp_path / "run", server.url)
+    assert asked == [(wanted, most)]
 
 
 # ---------------------------------------------------------------- what stops a run before it starts
