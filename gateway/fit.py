@@ -48,8 +48,12 @@ class StepFit:
         """0 before the first step."""
         if not self._steps:
             return 0.0
-        y = self._base + self.slope * min(x, self.most_x) + self._each * min(n, self._most_n)
-        return min(self.most_y, max(self._least_y, y))
+        x = x if x < self.most_x else self.most_x
+        n = n if n < self._most_n else self._most_n
+        y = self._base + self.slope * x + self._each * n
+        if y < self._least_y:
+            return self._least_y
+        return y if y < self.most_y else self.most_y
 
     def _solve(self) -> tuple[float, float, float]:
         weight, x, n, y, xx, nn, xn, xy, ny = self._sums

@@ -16,6 +16,7 @@ import msgspec
 
 from gateway.departures import Departures
 from gateway.fit import StepFit
+from gateway.pace import Pace
 
 WINDOW = 256
 WARM = 8
@@ -205,24 +206,25 @@ class EngineForecast:
 
     # -- what is expected
 
-    def pending_ns(self) -> float:
-        """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
-        return self.prompt_ns(self.unstarted_tokens)
+    def may_start(self, tokens: int, pace: Pace) -> bool:
+        """Has the next step room for a prompt, and do answers keep their pace, so that it may hold them up?"""
+        ahead = self.ahead_tokens
+        if ahead >= self._batch_tokens:
+            return False
+        if not pace.has_target:
+            return True
+        slope = self._fit.slope
+        return pace.allows(slope * self.unstarted_tokens, slope * (ahead + tokens) if ahead else 0.0)
 
     @property
     def ahead_tokens(self) -> int:
         """Of the prompts that it was given, what the running step does not compute."""
-        return self.unstarted_tokens - min(self._joined_tokens, self._batch_tokens)
+        joined = self._joined_tokens
+        return self.unstarted_tokens - (joined if joined < self._batch_tokens else self._batch_tokens)
 
-    @property
-    def is_next_full(self) -> bool:
-        """Has it been given as much as the next step can compute? More would wait in the engine."""
-        return self.ahead_tokens >= self._batch_tokens
-
-    def next_ns(self, tokens: int) -> float:
-        """By how much the next step would be longer for one prompt more than those that it computes already."""
-        ahead = self.ahead_tokens
-        return self.prompt_ns(ahead + tokens) if ahead else 0.0
+    def pending_ns(self) -> float:
+        """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
+        return self.prompt_ns(self.unstarted_tokens)
 
     @property
     def is_known(self) -> bool:
@@ -273,8 +275,9 @@ class EngineForecast:
         """What is left of the running step, and the prompt tokens that it computes."""
         if self._began_ns is None:
             return 0.0, 0
-        in_step = min(self._joined_tokens, self._batch_tokens)
-        return max(0.0, self._began_ns + self._fit.predict(in_step, self._running) - now_ns), in_step
+        in_step = self._joined_tokens if self._joined_tokens < self._batch_tokens else self._batch_tokens
+        left_ns = self._began_ns + self._fit.predict(in_step, self._running) - now_ns
+        return left_ns if left_ns > 0 else 0.0, in_step
 
     def raw_ns(self, tokens: int, now_ns: int) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.

@@ -62,12 +62,8 @@ class Worker(msgspec.Struct, kw_only=True):
         return self.forecast.unstarted_tokens
 
     def may_start(self, tokens: int) -> bool:
-        """Has its next step room for a prompt, and do its answers keep their pace, so that it may hold them up?"""
-        if self.forecast.is_next_full:
-            return False
-        if not self.pace.has_target:
-            return True
-        return self.pace.allows(self.forecast.pending_ns(), self.forecast.next_ns(tokens))
+        """May it be given a prompt of somebody who is not urgent? What may not start waits in the gateway."""
+        return self.forecast.may_start(tokens, self.pace)
 
     @property
     def room(self) -> int:
@@ -77,8 +73,10 @@ class Worker(msgspec.Struct, kw_only=True):
         left = self.limit.value - self.held.sequences
         return left if left > 0 else 0
 
-    def is_overdue(self, now_ns: int) -> bool:
-        """It has requests, and does not go on with them: it may hang, or cannot be reached."""
+    def is_in_doubt(self, now_ns: int) -> bool:
+        """Its breaker is open, or it has requests and does not go on with them: it may hang, or cannot be reached."""
+        if not self.breaker.allows(now_ns):
+            return True
         return self.held.requests > 0 and self.forecast.is_overdue(now_ns)
 
     def rest(self) -> None:
@@ -136,11 +134,11 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
 
 
 def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
-    """Those whose breaker is open or whose step is overdue, as far as there may be so many at once; never the last one.
+    """Those that are in doubt, as far as there may be so many at once; never the last one.
 
     `workers` are all that serve a model: a full one counts, so that nobody is sent to a broken one instead.
     """
-    ejected = [worker.name for worker in workers if not worker.breaker.allows(now_ns) or worker.is_overdue(now_ns)]
+    ejected = [worker.name for worker in workers if worker.is_in_doubt(now_ns)]
     if not ejected:
         return set()
     return set(ejected[: min(max(1, len(workers) // EJECTED_SHARE), len(workers) - 1)])

@@ -260,10 +260,11 @@ class Scheduler:
 
     def _route(self, ticket: Ticket, takers: list[Worker], now_ns: int) -> Route | None:
         """Where it goes, of who may take it; whether one is to be left alone is a question about all of them."""
+        route = self.choose(takers, ticket, now_ns)
+        if route is None or not route.worker.is_in_doubt(now_ns):
+            return route
         left_out = router.left_out(self._serving[ticket.model], now_ns)
-        if left_out:
-            takers = [worker for worker in takers if worker.name not in left_out]
-        return self.choose(takers, ticket, now_ns)
+        return self.choose([worker for worker in takers if worker.name not in left_out], ticket, now_ns)
 
     def place_beside(self, ticket: Ticket, now_ns: int) -> Placement | None:
         """Bind a hedge, under a number of its own, to a worker not tried and not in doubt that has room for anybody.
@@ -277,7 +278,7 @@ class Scheduler:
             for worker in self._takers(ticket.model, ticket.band, False, ticket.input_tokens, now_ns)
             if worker.name not in ticket.avoid
             and worker.breaker.state(now_ns) == "closed"
-            and not worker.is_overdue(now_ns)
+            and not worker.is_in_doubt(now_ns)
         ]
         route = self.choose(takers, ticket, now_ns)
         if route is None:
