@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 
+import psutil
 import pytest
 
 from engine.backends import vllm_plugin
@@ -24,6 +26,26 @@ def test_process_is_killed_when_its_worker_is() -> None:
             assert follower.poll() is None
             worker.kill()
             assert follower.wait(timeout=10) == -9
+
+
+def test_ctrl_c_for_the_worker_is_not_for_its_engine() -> None:
+    """A terminal sends it to all of its group."""
+    worker = "import signal, subprocess, sys\n"
+    worker += "signal.signal(signal.SIGINT, lambda *_: print('drains', flush=True))\n"
+    worker += "engine = subprocess.Popen([sys.executable, '-c', sys.argv[1]], stdin=subprocess.PIPE)\n"
+    worker += "engine.wait()\n"
+    environ = os.environ | {vllm_plugin.WORKER_PID: str(os.getpid())}
+    with subprocess.Popen(
+        [sys.executable, "-c", worker, FOLLOWER], stdout=subprocess.PIPE, env=environ, start_new_session=True
+    ) as group:
+        assert group.stdout is not None
+        assert group.stdout.readline() == b"up\n"
+        (engine,) = psutil.Process(group.pid).children()
+        os.killpg(group.pid, signal.SIGINT)
+        assert group.stdout.readline() == b"drains\n"
+        assert engine.is_running()
+        assert os.getpgid(engine.pid) != group.pid
+        engine.kill()
 
 
 def test_worker_itself_and_vllm_alone_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
