@@ -40,7 +40,7 @@ LEAST_NS = 1_000_000
 """No first token comes sooner; a ratio to less would say nothing."""
 
 
-class Forecast(msgspec.Struct, frozen=True):
+class Forecast(msgspec.Struct, frozen=True, gc=False):
     """One request's time to first token, from its arrival."""
 
     raw_ns: int
@@ -54,7 +54,7 @@ class Forecast(msgspec.Struct, frozen=True):
     """It would wait in the gateway. What is predicted of those is corrected apart."""
 
 
-class AnswerLength(msgspec.Struct, frozen=True):
+class AnswerLength(msgspec.Struct, frozen=True, gc=False):
     """What is known of an answer before it comes."""
 
     tokens: float
@@ -64,7 +64,7 @@ class AnswerLength(msgspec.Struct, frozen=True):
     """It makes so many, and does not end before; else that is what such answers have in the mean."""
 
 
-class _Prefill(msgspec.Struct):
+class _Prefill(msgspec.Struct, gc=False):
     tokens: int
     """That are left to compute."""
     is_running: bool
@@ -76,7 +76,7 @@ class _Prefill(msgspec.Struct):
     answer: AnswerLength | None = None
 
 
-class Step(msgspec.Struct, frozen=True):
+class Step(msgspec.Struct, frozen=True, gc=False):
     duration_ns: int
     has_prefill: bool
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 
 
-class Lease(msgspec.Struct, frozen=True, kw_only=True):
+class Lease(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     request: int
     worker: str
     sequences: int

@@ -17,7 +17,7 @@ from gateway.prefixes import Blocks
 AGE_NS = 30_000_000_000
 
 
-class Ticket(msgspec.Struct, frozen=True, kw_only=True):
+class Ticket(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """A request as the deciders see it."""
 
     request: int
@@ -76,7 +76,7 @@ class Work(msgspec.Struct):
         return self.output_tokens / self.requests if self.requests else 0.0
 
 
-class _Waiting(msgspec.Struct):
+class _Waiting(msgspec.Struct, gc=False):
     ticket: Ticket
     band: int
     charge: float

@@ -95,7 +95,7 @@ class Worker(msgspec.Struct, kw_only=True):
         return self.prefixes.matched_bytes(ticket.blocks) / ticket.prompt_bytes if ticket.blocks else 0.0
 
 
-class Route(msgspec.Struct, frozen=True):
+class Route(msgspec.Struct, frozen=True, gc=False):
     """Where a request goes, and what was expected of it."""
 
     worker: Worker

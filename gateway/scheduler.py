@@ -2,7 +2,8 @@
 
 It holds no sockets and no clock. Every method changes state at once and returns what the caller must do; requests are
 known by number. Each model has its own queue, so that a request that cannot be placed does not hold up other models;
-models that share workers take turns.
+models that share workers take turns. What it keeps of a request can hold nothing that holds it, so that the garbage
+collector need not look at it (`gc=False`).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ TELLING_SHARE = 0.2
 """A smaller part of a prompt, found in a cache or not, is lost in its last block and in the chat template."""
 
 
-class Placement(msgspec.Struct, frozen=True):
+class Placement(msgspec.Struct, frozen=True, gc=False):
     ticket: Ticket
     worker: str
     cached_tokens: int = 0
@@ -51,7 +52,7 @@ class Placements(msgspec.Struct):
     shed: list[int] = []
 
 
-class Running(msgspec.Struct):
+class Running(msgspec.Struct, gc=False):
     """A placed request: its account with its tenant, and its prefill until the first token."""
 
     ticket: Ticket
