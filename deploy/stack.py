@@ -21,6 +21,8 @@ from protos.core.errors import ConfigError
 TICK_S = 0.2
 PROBE_READY_NS = 1_000_000_000
 LAST_WORDS = 3
+OWN = "tidegate: "
+"""Begins what a Tidegate process says when it cannot go on."""
 STARTING_PATIENCE_S = 2.0
 HURRY_S = 5.0
 """What a part gets to end in good order without draining."""
@@ -146,10 +148,15 @@ class Stack:
             case Died(exit_code, ran_ns, delay_ns):
                 how = f"{describe_exit(exit_code)} after {ran_ns / 1e9:.0f} s"
                 self._listener.event(f"{part.name} died ({how}); starting it again in {delay_ns / 1e9:.1f} s")
-                for line in part.child.tail(LAST_WORDS):
-                    self._listener.event(f"    {part.name}: {line}")
+                self._quote(part, part.child.tail(LAST_WORDS))
             case GaveUp(exit_code):
+                # What vLLM says of a failed start is above its own last line.
+                self._quote(part, [line for line in part.child.tail(LAST_WORDS) if not line.startswith(OWN)])
                 raise ConfigError(_last_words(part, exit_code))
+
+    def _quote(self, part: Part, lines: Sequence[str]) -> None:
+        for line in lines:
+            self._listener.event(f"    {part.name}: {line}")
 
     def _show(self) -> None:
         self._listener.show([part.status() for part in self.parts])
@@ -158,6 +165,6 @@ class Stack:
 def _last_words(part: Part, exit_code: int) -> str:
     """One line that says why a part could not be started: its own error line where it printed one."""
     lines = part.child.tail(LAST_WORDS)
-    own = [line.removeprefix("tidegate: ") for line in lines if line.startswith("tidegate: ")]
+    own = [line.removeprefix(OWN) for line in lines if line.startswith(OWN)]
     reason = own[-1] if own else (lines[-1].strip() if lines else "it printed nothing")
     return f"{part.name} cannot start ({describe_exit(exit_code)}): {reason}"

@@ -115,6 +115,16 @@ def test_part_that_cannot_start_is_one_line_with_its_own_reason() -> None:
     assert str(caught.value) == "worker-1 cannot start (exit 2): no model called nope: run `tidegate model ls`"
 
 
+def test_what_a_part_printed_before_it_gave_up_is_shown() -> None:
+    world = World()
+    world.tick(1)
+    world.worker.lines = ["ValueError: no memory", "tidegate: the engine did not start: see above"]
+    world.worker.die(2)
+    with pytest.raises(ConfigError, match="the engine did not start"):
+        world.tick(1)
+    assert world.ear.events[-1] == "    worker-1: ValueError: no memory"
+
+
 def test_gateway_ends_before_the_workers() -> None:
     world = World()
     world.tick(2)
