@@ -35,7 +35,7 @@ model_app = typer.Typer(help="The models on this machine.", no_args_is_help=True
 @engine_app.callback()
 def engine(
     context: typer.Context,
-    config: Annotated[Path | None, typer.Option(help="Settings file (TOML), section [engine].")] = None,
+    config: Annotated[Path | None, typer.Option(help="Settings file (TOML), section \\[engine].")] = None,
     profile: Annotated[str | None, typer.Option(help="Ready-made settings: a file of engine/profiles.")] = None,
     backend: Annotated[str | None, typer.Option(help="vllm, or sim for a simulated engine.")] = None,
     model: Annotated[str | None, typer.Option(help=f"Pulled model, path or hub name; default {DEFAULT_MODEL}.")] = None,

@@ -20,7 +20,7 @@ def keys() -> None:
 
 
 def gateway(
-    config: Annotated[Path | None, typer.Option(help="TOML file; section [gateway].")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file; section \\[gateway].")] = None,
     name: Annotated[str | None, typer.Option(help="Name in logs, captures and traces.")] = None,
     host: Annotated[str | None, typer.Option(help="Address that clients reach. Default 127.0.0.1.")] = None,
     port: Annotated[int | None, typer.Option(help="Default 8000.")] = None,

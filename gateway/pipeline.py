@@ -10,6 +10,7 @@ import contextlib
 import functools
 import itertools
 import logging
+import math
 from collections.abc import Awaitable, Callable
 from typing import Any
 
@@ -42,6 +43,7 @@ from protos.core.errors import (
     Overloaded,
     RequestError,
     TooLarge,
+    Unauthenticated,
     Unavailable,
     UnknownModel,
 )
@@ -177,12 +179,17 @@ class Pipeline:
     async def _run(self, exchange: Exchange, endpoint: Endpoint, receive: Receive, headers: Headers) -> End:
         if self.is_draining:
             return admission.draining()
+        tenants = self.tenants
         refusal = self._authenticate(exchange, headers)
         if refusal is not None:
             return refusal
         body = await self._receive(exchange, receive, headers)
         if not isinstance(body, bytes):
             return body
+        if self.tenants is not tenants:  # read again while the body came
+            refusal = self._authenticate(exchange, headers)
+            if refusal is not None:
+                return refusal
         exchange.body = body
         call = endpoint.parse(body)
         exchange.timeline.received_ns = self._clock.mono_ns()
@@ -779,7 +786,9 @@ def _length(body: bytes) -> tuple[bytes, bytes]:
 def _error_headers(error: RequestError) -> Headers:
     headers: Headers = []
     if error.retry_after_s is not None:
-        headers.append((b"retry-after", b"%d" % max(1, round(error.retry_after_s))))
+        headers.append((b"retry-after", b"%d" % max(1, math.ceil(error.retry_after_s))))
     if error.reason is not None:
         headers.append((b"x-tidegate-reject-reason", error.reason.encode()))
+    if isinstance(error, Unauthenticated):
+        headers.append((b"www-authenticate", b"Bearer"))
     return headers

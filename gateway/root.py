@@ -8,7 +8,6 @@ import gc
 import importlib.metadata
 import ipaddress
 import logging
-import resource
 import secrets
 import signal
 import socket
@@ -33,6 +32,7 @@ from gateway.tracing import SpanBuilder, TraceWriter
 from protos.core.capture import CaptureWriter
 from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import ConfigError, ProtocolMismatch, TidegateError
+from protos.core.open_files import allow_open_files
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -50,7 +50,7 @@ def run(settings: GatewaySettings, read: Callable[[], GatewaySettings], file: Pa
     tenants = TenantTable(settings.bands, settings.tenants)
     _check_exposure(settings, tenants)
     version = importlib.metadata.version("tidegate")
-    _allow_open_files()
+    allow_open_files()
     sys.setswitchinterval(SWITCH_SECONDS)
     with contextlib.ExitStack() as stack:
         public = stack.enter_context(_listen(settings.host, settings.port, "--port"))
@@ -159,12 +159,6 @@ def _is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def _allow_open_files() -> None:
-    """One connection is one file: use what the system allows, not its cautious default."""
-    _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (most, most))
 
 
 def _listen(host: str, port: int, flag: str) -> socket.socket:

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import datetime
 import gc
-import resource
 import secrets
 import signal
 import sys
@@ -18,6 +17,7 @@ import msgspec
 from rich.console import Console
 
 from protos.core.errors import ConfigError
+from protos.core.open_files import allow_open_files
 from replay import progress, report, run, stats
 from replay.client import Client
 from replay.driver import Driver
@@ -31,9 +31,6 @@ from replay.workload import SyntheticBody, Workload, WorkloadRequest, first_part
 
 SWITCH_SECONDS = 0.0005
 """The journal's thread may keep the loop from running for so long; Python's own 5 ms made the loop 5 ms late at p50."""
-
-OPEN_MAX = 10240
-"""Most open files of a process on macOS, which calls them unlimited, but refuses to set that: setrlimit(2)."""
 
 
 class Plan(msgspec.Struct, frozen=True, kw_only=True):
@@ -196,7 +193,7 @@ def _offer_to(offer: Callable[[Result], bool]) -> Callable[[Result], None]:
 
 
 async def _drive(driver: Driver, console: Console) -> None:
-    _raise_file_limit()
+    allow_open_files()
     sys.setswitchinterval(SWITCH_SECONDS)
     # What is loaded lives until the end: without this the collector walks the whole workload while requests are due.
     gc.collect()
@@ -210,13 +207,6 @@ async def _drive(driver: Driver, console: Console) -> None:
             display.cancel()
     finally:
         gc.unfreeze()
-
-
-def _raise_file_limit() -> None:
-    """Every request under way is an open socket."""
-    now, most = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = max(now, OPEN_MAX) if most == resource.RLIM_INFINITY else most
-    resource.setrlimit(resource.RLIMIT_NOFILE, (limit, most))
 
 
 def write_report(directory: Path) -> stats.Summary:

@@ -30,7 +30,19 @@ async def test_without_a_key_it_is_401_before_the_body_is_read() -> None:
         await client.task
         assert client.status == 401
         assert client.json["error"]["code"] == "missing_api_key"
+        assert client.headers["www-authenticate"] == "Bearer"
     assert g.record.outcome is Outcome.REJECTED
+
+
+@in_virtual_time
+async def test_a_key_that_is_withdrawn_while_the_body_comes_is_good_no_more() -> None:
+    async with gateway(tenants=table()) as g:
+        client = g.open(headers={"authorization": BEARER})
+        await settle_down()
+        g.pipeline.tenants = TenantTable(DEFAULT_BANDS, {"other": Tenant(keys=(new_key()[1],))})
+        client.send_body(UNARY)
+        await client.task
+        assert (client.status, client.json["error"]["code"]) == (401, "invalid_api_key")
 
 
 @in_virtual_time
