@@ -115,7 +115,7 @@ def verdict_lines(path: Path, verdict: journal.Verdict) -> Iterator[str]:
     state = "sound" if verdict.is_sound else "DAMAGED"
     yield f"{path}: {manifest.kind} {manifest.id}: {state}, {verdict.entries} entries, {verdict.dropped} dropped"
     if not manifest.is_closed:
-        yield "  still open, or its writer died: everything up to the last flush is there"
+        yield "  still open, or never closed: everything up to the last flush is there"
     for cut in verdict.cuts:
         yield f"  {cut.segment}: cut after {cut.after_entries} entries ({cut.reason})"
     for problem in verdict.problems:

@@ -461,7 +461,7 @@ def _sha256(path: Path) -> str:
 def _read_segment(path: Path, on_cut: Callable[[Cut], None]) -> Iterator[Line]:
     entries = 0
     is_ended = False
-    reason = "still open, or its writer died"
+    reason = "still open, or never closed"
     try:
         for raw in _lines(path):
             line = _line_decoder.decode(raw)
