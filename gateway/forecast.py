@@ -207,12 +207,16 @@ class EngineForecast:
     # -- what is expected
 
     def may_start(self, tokens: int, pace: Pace) -> bool:
-        """Has the next step room for a prompt, and do answers keep their pace, so that it may hold them up?"""
+        """Where answers have a pace to keep: has the next step room for a prompt, and may it hold them up?
+
+        Without, a prompt goes where it adds the least delay though it waits there: what it needs may be cached nowhere
+        else.
+        """
+        if not pace.has_target:
+            return True
         ahead = self.ahead_tokens
         if ahead >= self._batch_tokens:
             return False
-        if not pace.has_target:
-            return True
         slope = self._fit.slope
         return pace.allows(slope * self.unstarted_tokens, slope * (ahead + tokens) if ahead else 0.0)
 

@@ -18,20 +18,20 @@ from tests.gateway.fakes import chat_body, gateway, in_virtual_time, model_info,
 
 TEXT = random.Random(1).randbytes(400_000)
 SECOND_NS = 1_000_000_000
-MODEL = {"names": ("m",), "max_sequences": 64, "max_batch_tokens": 10**6, "kv_blocks": 10_000, "kv_block_tokens": 16}
+MODEL = {"names": ("m",), "max_sequences": 64, "kv_blocks": 10_000, "kv_block_tokens": 16}
 
 
 class Fleet:
     """A scheduler with a few equal workers; each placed request runs until `end`."""
 
-    def __init__(self, workers: int) -> None:
+    def __init__(self, workers: int, **model: Any) -> None:
         self.scheduler = Scheduler()
         self.now_ns = 0
         self.numbers = 0
         for number in range(workers):
-            self.join(f"w{number}")
+            self.join(f"w{number}", **model)
 
-    def join(self, name: str, boot_id: str = "1", **model: object) -> None:
+    def join(self, name: str, boot_id: str = "1", **model: Any) -> None:
         self.scheduler.worker_joined(name, model_info(**{**MODEL, **model}), boot_id=boot_id, now_ns=self.now_ns)
 
     def send(self, prompt: bytes = b"", *, model: str = "m", tenant: str = "t", **ticket: Any) -> str:
@@ -83,6 +83,14 @@ def test_next_turn_goes_where_the_last_one_ran_though_others_have_less_to_do() -
     assert [fleet.send(avoid=others) for _ in range(5)] == [home] * 5
     assert fleet.send(TEXT[:44_000]) == home
     assert 9_700 < fleet.cached_tokens <= 10_000
+
+
+def test_next_turn_goes_where_its_prompt_is_cached_though_other_prompts_fill_the_next_steps_there() -> None:
+    fleet = Fleet(2, max_batch_tokens=2_048)
+    home = fleet.run(TEXT[:40_000])
+    (other,) = {"w0", "w1"} - {home}
+    assert fleet.send(TEXT[200_000:220_000], avoid=(other,)) == home, "5,000 tokens"
+    assert fleet.send(TEXT[:44_000]) == home
 
 
 def test_prompts_of_nobody_else_go_to_the_least_loaded() -> None:

@@ -28,8 +28,8 @@ def ticket(request: int, **changes: object) -> Ticket:
     return Ticket(request=request, **{**facts, **changes})  # type: ignore[arg-type]
 
 
-def scheduler_with(*workers: str, slots: int = 2, model: str = "a") -> Scheduler:
-    scheduler = Scheduler()
+def scheduler_with(*workers: str, slots: int = 2, model: str = "a", token_target_ns: int | None = None) -> Scheduler:
+    scheduler = Scheduler(token_target_ns)
     for name in workers:
         scheduler.worker_joined(name, model_info(names=(model,), max_sequences=slots))
     return scheduler
@@ -239,7 +239,7 @@ def test_prompts_that_yield_wait_in_the_gateway_and_not_in_the_engine() -> None:
 
 
 def test_prompts_beyond_the_next_step_wait_in_the_gateway() -> None:
-    scheduler = scheduler_with("w", slots=32)
+    scheduler = scheduler_with("w", slots=32, token_target_ns=10**9)
     for number in range(9):
         scheduler.enqueue(ticket(number, input_tokens=1_500))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
