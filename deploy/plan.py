@@ -9,6 +9,7 @@ from pathlib import Path
 import msgspec
 
 from deploy.settings import UpSettings
+from protos.core import address
 from protos.core.errors import ConfigError
 
 LOOPBACK = "127.0.0.1"
@@ -30,15 +31,7 @@ class Command(msgspec.Struct, frozen=True):
 
     @property
     def address(self) -> str:
-        return address(self.host, self.port)
-
-
-def address(host: str, port: int) -> str:
-    """
-    >>> address("127.0.0.1", 8000), address("::1", 8000)
-    ('127.0.0.1:8000', '[::1]:8000')
-    """
-    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+        return address.join(self.host, self.port)
 
 
 def choose_backend(wanted: str, configured: str, has_vllm: bool) -> str:

@@ -15,10 +15,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from deploy.lifecycle import EXIT_INTERRUPTED
-from deploy.plan import LOOPBACK, TIDEGATE, Command, address, choose_backend, has_vllm, plan
+from deploy.plan import LOOPBACK, TIDEGATE, Command, choose_backend, has_vllm, plan
 from deploy.settings import UpSettings
 from engine.cli import load_settings as load_engine_settings
 from engine.settings import DEFAULT_MODEL, EngineSettings
+from protos.core import address
 from protos.core import settings as core_settings
 from protos.core.errors import ConfigError
 
@@ -193,7 +194,7 @@ def asked_to_stop() -> Iterator[Callable[[], int]]:
 
 def next_steps(settings: UpSettings, model: str) -> str:
     host = {"0.0.0.0": LOOPBACK, "::": "::1"}.get(settings.host, settings.host)
-    url = f"http://{address(host, settings.port)}"
+    url = f"http://{address.join(host, settings.port)}"
     captures = settings.capture_dir
     return f"""\
 Try next, in another terminal:

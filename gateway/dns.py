@@ -8,6 +8,7 @@ import socket
 from collections.abc import Awaitable, Callable
 
 from gateway.members import Sightings
+from protos.core import address
 
 log = logging.getLogger("tidegate.gateway")
 
@@ -20,7 +21,7 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 async def resolve(host: str, port: int) -> list[str]:
     """HOST:PORT of each address behind a name. Raises OSError."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
-    return sorted({_address(info[4][0], port) for info in found})
+    return sorted({address.join(str(info[4][0]), port) for info in found})
 
 
 async def watch(
@@ -42,7 +43,3 @@ async def watch(
             was_answered = True
             tell(sightings.answered(addresses))
         await asyncio.sleep(interval_s)
-
-
-def _address(host: object, port: int) -> str:
-    return f"[{host}]:{port}" if ":" in str(host) else f"{host}:{port}"

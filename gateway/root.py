@@ -29,6 +29,7 @@ from gateway.server import BACKLOG, Server
 from gateway.settings import Capture, GatewaySettings, Tracing
 from gateway.tenants import TenantTable
 from gateway.tracing import SpanBuilder, TraceWriter
+from protos.core import address
 from protos.core.capture import CaptureWriter
 from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import ConfigError, ProtocolMismatch, TidegateError
@@ -172,7 +173,7 @@ def _listen(host: str, port: int, flag: str) -> socket.socket:
 
 def _address(listener: socket.socket) -> str:
     host, port = listener.getsockname()[:2]
-    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+    return f"http://{address.join(host, port)}"
 
 
 def _open_capture(settings: GatewaySettings, version: str) -> CaptureWriter | None:
