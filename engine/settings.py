@@ -8,10 +8,9 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from engine.sim.parameters import SimParameters
+from protos.core.settings import Port, Positive
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 NotNegative = Annotated[int, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(ge=0)]
 Gib = Annotated[float, msgspec.Meta(gt=0)]
 Share = Annotated[float, msgspec.Meta(gt=0, le=1)]

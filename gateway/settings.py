@@ -8,9 +8,8 @@ import msgspec
 
 from gateway.tenants import DEFAULT_BANDS, Band, Tenant, TenantName
 from protos.core.capture import Level
+from protos.core.settings import Port, Positive
 
-Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 24 * 3600)]
 """TOML has `inf`, which no clock counts to."""
 PerSecond = Annotated[float, msgspec.Meta(gt=0, le=1e9)]

@@ -16,8 +16,8 @@ import msgspec
 
 from protos.core import telemetry
 from protos.core.errors import ConfigError, Forbidden, InvalidRequest, RequestError, Unauthenticated
+from protos.core.settings import Positive
 
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 Milliseconds = Annotated[int, msgspec.Meta(ge=1, le=60_000)]
 ANONYMOUS = "anonymous"
 MOST_CLAIMED = 10_000

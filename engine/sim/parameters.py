@@ -6,8 +6,9 @@ from typing import Annotated
 
 import msgspec
 
+from protos.core.settings import Positive
+
 Cost = Annotated[float, msgspec.Meta(ge=0)]
-Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
 class Work(msgspec.Struct, frozen=True):

@@ -12,7 +12,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any, TypeVar, get_args, get_origin
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import msgspec
 
@@ -20,6 +20,10 @@ from protos.core.errors import ConfigError
 
 PREFIX = "TIDEGATE__"
 SECTIONS = ("gateway", "engine", "replay", "up")
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+"""0 takes a free one."""
+Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 T = TypeVar("T", bound=msgspec.Struct)
 Section = tuple[tuple[str, ...], type[msgspec.Struct], dict[str, Any]]
