@@ -159,7 +159,7 @@ class Connection(HttpToolsProtocol):
         self, cycle: RequestResponseCycle, app: ASGI3Application, scope: Any, receive: Any, send: Any
     ) -> None:
         try:
-            await app(scope, receive, send if _knows_chunks(scope) else functools.partial(_send_unframed, cycle, send))
+            await app(scope, receive, send if WIRE in scope else functools.partial(_send_unframed, cycle, send))
         finally:
             scope.pop(WIRE, None)  # which knows the cycle, which knows the scope: left so, it would be the collector's
         if not (cycle.response_complete or cycle.disconnected):  # given up: the client does not read

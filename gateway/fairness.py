@@ -70,8 +70,11 @@ class ServiceCounters:
     def is_owed(self, tenant: str, input_tokens: int, output_tokens: int) -> bool:
         """Would the tenant, with one more request served, still be behind where the others stood when it came back?"""
         known = self._tenants.get(tenant, UNKNOWN)
-        mark = known.mark if known.waiting else self._present_level()
-        level = known.counter if known.waiting else known.lifted(mark)
+        if known.waiting:
+            level, mark = known.counter, known.mark
+        else:
+            mark = self._present_level()
+            level = known.lifted(mark)
         return level + self.price(input_tokens, output_tokens) / known.weight <= mark
 
     def arrive(self, tenant: str, weight: float) -> None:
@@ -114,7 +117,7 @@ class ServiceCounters:
         if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
                 if tenant in ring.entries:
-                    ring.fell(tenant)
+                    ring.enter(tenant)
 
 
 class LeastServed:
@@ -136,14 +139,10 @@ class LeastServed:
 
     def add(self, tenant: str) -> None:
         if tenant not in self.entries:
-            self._push(tenant)
+            self.enter(tenant)
 
     def discard(self, tenant: str) -> None:
         self.entries.pop(tenant, None)
-
-    def fell(self, tenant: str) -> None:
-        """The counter of one of the tenants became smaller."""
-        self._push(tenant)
 
     def least(self) -> str | None:
         """The tenant that is owed most; ties go to the first in alphabetical order."""
@@ -159,6 +158,7 @@ class LeastServed:
             heapq.heapreplace(heap, (counter, tenant))
         return None
 
-    def _push(self, tenant: str) -> None:
+    def enter(self, tenant: str) -> None:
+        """Note its counter: the tenant is new here, or the counter became smaller."""
         counter = self.entries[tenant] = self._tenants[tenant].counter
         heapq.heappush(self._heap, (counter, tenant))

@@ -16,7 +16,6 @@ import msgspec
 
 from gateway.departures import Departures
 from gateway.fit import StepFit
-from gateway.pace import Pace
 
 WINDOW = 256
 WARM = 8
@@ -206,25 +205,21 @@ class EngineForecast:
 
     # -- what is expected
 
-    def may_start(self, tokens: int, pace: Pace) -> bool:
-        """Where answers have a pace to keep: has the next step room for a prompt, and may it hold them up?
-
-        Without, a prompt goes where it adds the least delay though it waits there: what it needs may be cached nowhere
-        else.
-        """
-        if not pace.has_target:
-            return True
-        ahead = self.ahead_tokens
-        if ahead >= self._batch_tokens:
-            return False
-        slope = self._fit.slope
-        return pace.allows(slope * self.unstarted_tokens, slope * (ahead + tokens) if ahead else 0.0)
+    @property
+    def in_step_tokens(self) -> int:
+        """Of the prompts that it was given, what the running step computes."""
+        joined = self._joined_tokens
+        return joined if joined < self._batch_tokens else self._batch_tokens
 
     @property
     def ahead_tokens(self) -> int:
-        """Of the prompts that it was given, what the running step does not compute."""
-        joined = self._joined_tokens
-        return self.unstarted_tokens - (joined if joined < self._batch_tokens else self._batch_tokens)
+        """The others."""
+        return self.unstarted_tokens - self.in_step_tokens
+
+    @property
+    def is_next_full(self) -> bool:
+        """Has it as much for the next step as that can compute?"""
+        return self.ahead_tokens >= self._batch_tokens
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
@@ -254,8 +249,7 @@ class EngineForecast:
 
         They compute the prompts that the worker was given, and others of so many tokens.
         """
-        left_ns, in_step = self._running_step(now_ns)
-        return left_ns + steps * self.step_ns() + self.prompt_ns(self.unstarted_tokens - in_step + tokens)
+        return self._left_ns(now_ns) + steps * self.step_ns() + self.prompt_ns(self.ahead_tokens + tokens)
 
     def steps_until(self, places: float, mean_tokens: float) -> float:
         """Steps after the running one until so many places have been given back; new answers have `mean_tokens`."""
@@ -275,27 +269,25 @@ class EngineForecast:
             return None
         return int((steps + 1) * self.step_ns() + self.prompt_ns(tokens))
 
-    def _running_step(self, now_ns: int) -> tuple[float, int]:
-        """What is left of the running step, and the prompt tokens that it computes."""
+    def _left_ns(self, now_ns: int) -> float:
+        """What is left of the running step."""
         if self._began_ns is None:
-            return 0.0, 0
-        in_step = self._joined_tokens if self._joined_tokens < self._batch_tokens else self._batch_tokens
-        left_ns = self._began_ns + self._fit.predict(in_step, self._running) - now_ns
-        return left_ns if left_ns > 0 else 0.0, in_step
+            return 0.0
+        left_ns = self._began_ns + self._fit.predict(self.in_step_tokens, self._running) - now_ns
+        return left_ns if left_ns > 0 else 0.0
 
     def raw_ns(self, tokens: int, now_ns: int) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.
 
         None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
-        left_ns, in_step = self._running_step(now_ns)
-        ahead = self.unstarted_tokens - in_step + tokens
+        ahead = self.ahead_tokens + tokens
         steps = max(1, math.ceil(ahead / self._batch_tokens))
         if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
         beyond_ns = self.prompt_ns(max(0.0, ahead - self._fit.most_x))
         own_ns = (steps - 1) * self.step_ns() + self._fit.predict(ahead, self._running) + beyond_ns
-        return max(LEAST_NS, int(left_ns + own_ns))
+        return max(LEAST_NS, int(self._left_ns(now_ns) + own_ns))
 
     def corrected_ns(self, raw_ns: int) -> int:
         """The same, corrected by what came of earlier ones."""

@@ -152,8 +152,10 @@ class Scheduler:
         known_ns = []
         for worker in workers:
             wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, now_ns)
-            own_ns = worker.forecast.after_step_ns(tokens) if wait_ns is not None else None
-            if wait_ns is not None and own_ns is not None:
+            if wait_ns is None:
+                continue
+            own_ns = worker.forecast.after_step_ns(tokens)
+            if own_ns is not None:
                 known_ns.append(int(wait_ns) + own_ns)
         return min(known_ns, default=None)
 
