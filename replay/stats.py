@@ -138,10 +138,14 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
 
 def quantile(ordered: Sequence[float], q: float) -> float:
     """Between neighbours by linear interpolation, as NumPy does. `ordered` is sorted and not empty."""
-    position = q * (len(ordered) - 1)
+    return _interpolated(ordered.__getitem__, len(ordered), q)
+
+
+def _interpolated(at: Callable[[int], float], count: int, q: float) -> float:
+    position = q * (count - 1)
     low = int(position)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (ordered[high] - ordered[low]) * (position - low)
+    high = min(low + 1, count - 1)
+    return at(low) + (at(high) - at(low)) * (position - low)
 
 
 def quantiles_ms(values_ns: Iterable[float | None]) -> Quantiles | None:
@@ -164,12 +168,7 @@ def quantiles_of_counts_ms(counts_us: Counter[int]) -> Quantiles | None:
     def at(rank: int) -> int:
         return values[bisect.bisect_right(ends, rank)]
 
-    def between(q: float) -> float:
-        position = q * (total - 1)
-        low = int(position)
-        return (at(low) + (at(min(low + 1, total - 1)) - at(low)) * (position - low)) / 1e3
-
-    p50, p90, p95, p99 = (between(q) for q in (0.5, 0.9, 0.95, 0.99))
+    p50, p90, p95, p99 = (_interpolated(at, total, q) / 1e3 for q in (0.5, 0.9, 0.95, 0.99))
     mean = sum(value * count for value, count in counts_us.items()) / total / 1e3
     return Quantiles(total, mean, p50, p90, p95, p99, values[-1] / 1e3)
 
