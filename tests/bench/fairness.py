@@ -31,7 +31,7 @@ import msgspec
 from gateway.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT
 from tests.bench import report
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
-from tests.virtual.workload import Slo, engine, poisson
+from tests.virtual.workload import Slo, engine, gateway, poisson
 
 SLOTS = 32
 SPEED = 4.0
@@ -121,19 +121,12 @@ def run(
     arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None = None, *, is_watched: bool = False
 ) -> tuple[list[Result], Spread]:
     """`is_watched`: look at the service of all tenants after each event."""
-    model = engine()
-    gateway = Gateway(
-        model.parameters,
-        workers=1,
-        max_sequences=slots,
-        max_batch_tokens=model.max_batch_tokens,
-        token_target_ns=slo.tpot_ns,
-        yielding_tokens=model.yielding_tokens,
-    )
-    spread = Spread(gateway)
+    model = msgspec.structs.replace(engine(), max_sequences=slots)
+    through = gateway(model, slo, yielding_tokens=model.yielding_tokens)
+    spread = Spread(through)
     if is_watched:
-        gateway.after_event = spread.check
-    return gateway.run(arrivals, None if until_s is None else int(until_s * SECOND_NS)), spread
+        through.after_event = spread.check
+    return through.run(arrivals, None if until_s is None else int(until_s * SECOND_NS)), spread
 
 
 def p95_s(results: Iterable[Result], tenant: str) -> float:

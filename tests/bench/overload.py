@@ -23,8 +23,8 @@ from typing import Literal
 import msgspec
 
 from tests.bench import report
-from tests.virtual.harness import Arrival, Gateway, Result, direct
-from tests.virtual.workload import Engine, Slo, engine, poisson
+from tests.virtual.harness import Arrival, Result, direct
+from tests.virtual.workload import Engine, Slo, engine, gateway, poisson
 
 PROFILE = "qwen3-14b-a100"
 LOADS = (0.5, 0.75, 1.0, 1.25, 1.5, 2.0, 2.5, 3.0)
@@ -172,14 +172,7 @@ def outcome(result: Result, slo: Slo) -> Outcome:
 
 
 def through_gateway(model: Engine, slo: Slo, rate: float, shape: Shape) -> list[Outcome]:
-    gateway = Gateway(
-        model.parameters,
-        workers=1,
-        max_sequences=model.max_sequences,
-        max_batch_tokens=model.max_batch_tokens,
-        token_target_ns=slo.tpot_ns,
-    )
-    return [outcome(result, slo) for result in gateway.run(shape.arrivals(rate, slo))]
+    return [outcome(result, slo) for result in gateway(model, slo).run(shape.arrivals(rate, slo))]
 
 
 def straight(model: Engine, slo: Slo, rate: float, shape: Shape) -> list[Outcome]:

@@ -1,13 +1,12 @@
 """Goodput under overload: the gateway's deciders in front of a simulated Qwen3-14B on an A100, in virtual time."""
 
 import random
-from collections.abc import Callable
 
 import msgspec
 import pytest
 
-from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result, direct
-from tests.virtual.workload import Engine, Slo, engine, poisson
+from tests.virtual.harness import SECOND_NS, Arrival, Result, direct
+from tests.virtual.workload import Slo, engine, gateway, poisson
 
 ENGINE = engine()
 SLO = Slo()
@@ -16,19 +15,8 @@ NEARLY_FULL = 3.0
 """Requests per second that this engine can just serve in time."""
 
 
-def gateway(jitter: Callable[[], float] = lambda: 1.0, model: Engine = ENGINE) -> Gateway:
-    return Gateway(
-        model.parameters,
-        workers=1,
-        max_sequences=model.max_sequences,
-        max_batch_tokens=model.max_batch_tokens,
-        token_target_ns=SLO.tpot_ns,
-        jitter=jitter,
-    )
-
-
 def run(rate: float) -> list[Result]:
-    return gateway().run(poisson(rate, SECONDS, slo=SLO))
+    return gateway(ENGINE, SLO).run(poisson(rate, SECONDS, slo=SLO))
 
 
 def goodput(results: list[Result]) -> float:
@@ -49,7 +37,7 @@ def test_goodput_under_overload_stays_at_its_peak(factor: int) -> None:
 def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch_tokens: int) -> None:
     """Prompts of code completion, 1,500 tokens in the median: under overload no step ends with all it began."""
     arrivals = poisson(8.0, SECONDS, slo=SLO, preset="azure-2023-code")
-    results = gateway(model=msgspec.structs.replace(ENGINE, max_batch_tokens=batch_tokens)).run(arrivals)
+    results = gateway(msgspec.structs.replace(ENGINE, max_batch_tokens=batch_tokens), SLO).run(arrivals)
     admitted = [result for result in results if not result.is_refused]
     in_time = sum(bool(one.first_token_ns) and one.ttft_ns <= SLO.ttft_ns for one in admitted)
     assert in_time >= 0.9 * len(admitted)
@@ -59,7 +47,7 @@ def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch
 def test_an_engine_of_small_steps_is_not_given_more_than_it_can_compute() -> None:
     """All of its steps are full and take as long, so that nothing tells what a prompt costs."""
     small = msgspec.structs.replace(engine("qwen3-14b-h100"), max_batch_tokens=512)
-    results = gateway(model=small).run(poisson(36.0, SECONDS, slo=SLO))
+    results = gateway(small, SLO).run(poisson(36.0, SECONDS, slo=SLO))
     started = [result for result in results if result.first_token_ns]
     in_engine_s = sorted((result.first_token_ns - result.dispatched_ns) / SECOND_NS for result in started)
     assert in_engine_s[int(0.9 * len(started))] < 0.4, "the longest prompt takes six steps of 50 ms"
@@ -75,7 +63,7 @@ def test_a_queue_of_answers_of_one_length_is_refused_early(slots: int) -> None:
         msgspec.structs.replace(one, has_fixed_output=True, prompt_tokens=200, output_tokens=200)
         for one in poisson(0.6 * slots, SECONDS, slo=slo)
     ]
-    results = gateway(model=msgspec.structs.replace(ENGINE, max_sequences=slots)).run(arrivals)
+    results = gateway(msgspec.structs.replace(ENGINE, max_sequences=slots), SLO).run(arrivals)
     expired = sum(result.is_expired for result in results)
     assert expired <= 0.05 * len(results) < 0.3 * len(results) <= sum(result.is_refused for result in results)
 
@@ -109,7 +97,7 @@ def test_the_forecast_of_the_first_token_comes_true(rate: float) -> None:
 @pytest.mark.parametrize("rate", [3.0, 9.0])
 def test_the_forecast_covers_as_much_where_steps_vary_by_a_fifth(rate: float) -> None:
     draw = random.Random(1)
-    noisy = gateway(lambda: draw.lognormvariate(0.0, 0.2))
+    noisy = gateway(ENGINE, SLO, jitter=lambda: draw.lognormvariate(0.0, 0.2))
     error, coverage = errors_and_coverage(noisy.run(poisson(rate, SECONDS, slo=SLO)))
     exact, _ = errors_and_coverage(run(rate))
     assert exact < error <= 0.2, "noise is in it"
@@ -126,7 +114,7 @@ def test_a_cold_or_idle_system_admits_what_it_cannot_serve_in_time() -> None:
         Arrival(at_ns=second * 60 * SECOND_NS, prompt_tokens=8_000, output_tokens=5, is_sheddable=True, patience_ns=1)
         for second in range(20)
     ]
-    assert all(result.finished_ns for result in gateway().run(hopeless))
+    assert all(result.finished_ns for result in gateway(ENGINE, SLO).run(hopeless))
 
 
 def test_critical_requests_are_never_refused_on_a_forecast() -> None:
@@ -135,7 +123,7 @@ def test_critical_requests_are_never_refused_on_a_forecast() -> None:
         for one in poisson(0.5, SECONDS)
     ]
     everything = sorted([*poisson(9.0, SECONDS, slo=SLO), *critical], key=lambda arrival: arrival.at_ns)
-    results = gateway().run(everything)
+    results = gateway(ENGINE, SLO).run(everything)
     mine = [result for result in results if result.arrival.band == 0]
     assert not any(result.is_refused or result.is_shed for result in mine)
     assert sum(map(SLO.is_met, mine)) >= 0.9 * len(mine)

@@ -5,8 +5,8 @@ import random
 import msgspec
 import pytest
 
-from tests.virtual.harness import SECOND_NS, Gateway
-from tests.virtual.workload import Engine, Slo, engine, poisson
+from tests.virtual.harness import SECOND_NS
+from tests.virtual.workload import Engine, Slo, engine, gateway, poisson
 
 REQUESTS = 1_500
 LEARNING = 0.25
@@ -52,14 +52,7 @@ def test_who_is_admitted_is_mostly_in_time(seed: int) -> None:
         msgspec.structs.replace(one, has_fixed_output=it.has_fixed_output)
         for one in poisson(it.rate, seconds, seed=seed + 1, slo=slo, preset=it.preset)
     ]
-    gateway = Gateway(
-        it.model.parameters,
-        workers=it.workers,
-        max_sequences=it.model.max_sequences,
-        max_batch_tokens=it.model.max_batch_tokens,
-        token_target_ns=slo.tpot_ns,
-    )
-    results = gateway.run(arrivals)
+    results = gateway(it.model, slo, workers=it.workers).run(arrivals)
     admitted = [one for one in results if one.arrival.at_ns > LEARNING * seconds * SECOND_NS and not one.is_refused]
     in_time = sum(bool(one.first_token_ns) and one.ttft_ns <= slo.ttft_ns for one in admitted)
     assert in_time >= 0.85 * len(admitted) > 50, it

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import msgspec
 
@@ -14,7 +14,7 @@ from engine.sim.parameters import SimParameters
 from engine.yielding import limit_of
 from replay.synth import SynthSettings, synthesize
 from replay.workload import SyntheticBody
-from tests.virtual.harness import SECOND_NS, Arrival, Result
+from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
 
 NEVER_NS = 10**15
 PROMPT_TOKENS = 3_000
@@ -48,6 +48,21 @@ def engine(name: str = "qwen3-14b-a100") -> Engine:
     batch_tokens = settings.max_num_batched_tokens
     yielding_tokens = limit_of(settings.yielding_tokens, batch_tokens)
     return Engine(settings.sim, settings.max_num_seqs, batch_tokens, yielding_tokens)
+
+
+def gateway(
+    model: Engine, slo: Slo, *, workers: int = 1, jitter: Callable[[], float] = lambda: 1.0, yielding_tokens: int = 0
+) -> Gateway:
+    """In front of such engines; answers keep the pace of `slo`."""
+    return Gateway(
+        model.parameters,
+        workers=workers,
+        max_sequences=model.max_sequences,
+        max_batch_tokens=model.max_batch_tokens,
+        token_target_ns=slo.tpot_ns,
+        jitter=jitter,
+        yielding_tokens=yielding_tokens,
+    )
 
 
 def poisson(
