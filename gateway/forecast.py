@@ -33,6 +33,10 @@ LATER = 1.25
 STALE_NS = 30_000_000_000
 REACH = 4
 """The line of a step is followed up to so many times the most tokens seen in one."""
+ENOUGH_STEPS = 8
+ENOUGH_NS = 50_000_000
+"""A step has enough prompts when they take so many times what a step takes that computes nothing, and at least so long:
+the next ones are on their way by then. Fewer would cost throughput; with more, the first waits for the last."""
 OVERDUE_NS = 1_000_000_000
 """A step that takes so much longer than any before may never end."""
 LEAST_NS = 1_000_000
@@ -88,6 +92,8 @@ class EngineForecast:
 
     def __init__(self, batch_tokens: int = 8192) -> None:
         self._batch_tokens = batch_tokens
+        self._enough_tokens = float(batch_tokens)
+        """Of prompts, for a step."""
         self._fit = StepFit()
         self._ratios = RollingRatios()
         self._prefills: dict[int, _Prefill] = {}
@@ -170,6 +176,7 @@ class EngineForecast:
         if not has_unknown:
             self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
+            self._enough_tokens = self._find_enough()
         return Step(now_ns - began_ns, tokens > 0 or has_unknown)
 
     def _compute_part(self, unfinished: list[_Prefill], budget: int) -> int:
@@ -189,6 +196,12 @@ class EngineForecast:
             left -= part
         self.unstarted_tokens -= budget
         return budget
+
+    def _find_enough(self) -> float:
+        slope = self._fit.slope
+        if not (self.is_known and slope):
+            return self._batch_tokens
+        return min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * self._fit.predict(0, 0)) / slope)
 
     def _forget(self, request: int) -> _Prefill | None:
         prefill = self._prefills.pop(request, None)
@@ -218,8 +231,8 @@ class EngineForecast:
 
     @property
     def is_next_full(self) -> bool:
-        """Has it as much for the next step as that can compute?"""
-        return self.ahead_tokens >= self._batch_tokens
+        """Has it enough prompts for the next step?"""
+        return self.ahead_tokens >= self._enough_tokens
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
@@ -256,8 +269,8 @@ class EngineForecast:
         return self._departures.steps_until(places, self._steps + 1, mean_tokens)
 
     def prompt_steps(self, tokens: float) -> float:
-        """Steps after the running one that take as many prompt tokens as they can, until so many more are computed."""
-        return (self.ahead_tokens + tokens) / self._batch_tokens
+        """Steps after the running one, given enough prompts each, until so many more tokens are computed."""
+        return (self.ahead_tokens + tokens) / self._enough_tokens
 
     def after_step_ns(self, tokens: int) -> int | None:
         """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.

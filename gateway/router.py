@@ -62,16 +62,15 @@ class Worker(msgspec.Struct, kw_only=True):
         return self.forecast.unstarted_tokens
 
     def may_start(self, tokens: int) -> bool:
-        """May it be given a prompt of somebody who is not urgent? What may not start waits in the gateway.
+        """May it be given a prompt of somebody who is not urgent, so that the next step computes it?
 
-        Where answers have a pace to keep: while the next step has room for it, and it may hold them up. Without one a
-        prompt goes where it adds the least delay, though it waits there: what it needs may be cached nowhere else.
+        While that has not enough already and, where answers have a pace to keep, it may hold them up.
         """
-        if not self.pace.has_target:
-            return True
         forecast = self.forecast
         if forecast.is_next_full:
             return False
+        if not self.pace.has_target:
+            return True
         ahead = forecast.ahead_tokens
         return self.pace.allows(forecast.pending_ns(), forecast.prompt_ns(ahead + tokens) if ahead else 0.0)
 

@@ -315,18 +315,23 @@ class Scheduler:
         return band > 1 and now_ns - self._upper_ns < COMPANY_NS
 
     def _takers(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> list[Worker]:
-        """Who serves it and has room. Where a request is not urgent, room is kept and answers keep their pace."""
+        """Who serves it and has room. Where a request is not urgent, room is kept, and what cannot start soon waits.
+
+        Where there is no pace to keep, one worker that may start it is enough: it goes where it adds the least delay
+        though it waits there, for what it needs may be cached nowhere else.
+        """
         workers = self._serving.get(model, ())
         if is_urgent:
             return [worker for worker in workers if worker.room]
         is_yielding, has_company = self._is_yielding(band, now_ns), self._has_company(now_ns)
-        return [
+        takers = [
             worker
             for worker in workers
             if worker.room > (worker.limit.value // KEPT_SHARE if has_company else 0)
             and (not is_yielding or worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens)
-            and worker.may_start(tokens)
         ]
+        ready = [worker for worker in takers if worker.may_start(tokens)]
+        return takers if ready and self._token_target_ns is None else ready
 
     def _is_too_late(self, ticket: Ticket, worker: Worker, raw_ns: int | None, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""

@@ -6,7 +6,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gateway.forecast import LEAST_NS, STALE_NS, WARM, WINDOW, EngineForecast, QueueForecast, RollingRatios
+from gateway.forecast import (
+    ENOUGH_NS,
+    ENOUGH_STEPS,
+    LEAST_NS,
+    STALE_NS,
+    WARM,
+    WINDOW,
+    EngineForecast,
+    QueueForecast,
+    RollingRatios,
+)
 
 MS = 1_000_000
 STEP_MS = 20
@@ -16,9 +26,10 @@ TOKEN_MS = 0.2
 class Steps:
     """An engine that computes all its prompts in one step and never rests."""
 
-    def __init__(self, forecast: EngineForecast) -> None:
+    def __init__(self, forecast: EngineForecast, *, step_ms: float = STEP_MS, token_ms: float = TOKEN_MS) -> None:
         self.forecast = forecast
         self.now_ns = 0
+        self._step_ms, self._token_ms = step_ms, token_ms
         self._placed: list[tuple[int, int]] = []
         self._running: list[tuple[int, int]] = []
         self._requests = 0
@@ -29,7 +40,7 @@ class Steps:
         self.forecast.placed(self._requests, tokens, self.now_ns)
 
     def step(self) -> None:
-        duration_ns = int((STEP_MS + TOKEN_MS * sum(tokens for _, tokens in self._running)) * MS)
+        duration_ns = int((self._step_ms + self._token_ms * sum(tokens for _, tokens in self._running)) * MS)
         self.now_ns += duration_ns
         for request, _ in self._running:
             self.forecast.started(request)
@@ -37,8 +48,8 @@ class Steps:
         self._running, self._placed = self._placed, []
 
 
-def warm(tokens: int = 1_000) -> Steps:
-    steps = Steps(EngineForecast())
+def warm(tokens: int = 1_000, *, step_ms: float = STEP_MS, token_ms: float = TOKEN_MS) -> Steps:
+    steps = Steps(EngineForecast(), step_ms=step_ms, token_ms=token_ms)
     draw = random.Random(1)
     steps.give(tokens)
     for _ in range(10 * WARM):
@@ -122,6 +133,31 @@ def test_full_steps_teach_though_each_ends_within_a_prompt() -> None:
         assert forecast.unstarted_tokens == prompt * (placed - started) - partly
     steps = -(-forecast.unstarted_tokens // budget)
     assert forecast.raw_ns(1, now_ns) == pytest.approx(step_ns * steps, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "token_ms", "enough"),
+    [(20, 0.2, ENOUGH_STEPS * 20 / 0.2), (0.1, 0.01, ENOUGH_NS / MS / 0.01), (20, 0, 8_192)],
+    ids=["by-the-step", "by-the-time", "what-a-step-can-compute"],
+)
+def test_the_next_step_is_full_when_it_has_enough_prompts(step_ms: float, token_ms: float, enough: float) -> None:
+    steps = warm(step_ms=step_ms, token_ms=token_ms)
+    assert not steps.forecast.is_next_full
+    steps.give(int(0.98 * enough))
+    assert not steps.forecast.is_next_full
+    steps.give(int(0.03 * enough))
+    assert steps.forecast.is_next_full
+    steps.step()
+    assert not steps.forecast.is_next_full, "that step runs now"
+
+
+def test_before_anything_is_known_a_step_is_given_what_it_can_compute() -> None:
+    steps = Steps(EngineForecast(2_048))
+    steps.give(1)
+    steps.give(2_047)
+    assert not steps.forecast.is_next_full
+    steps.give(1)
+    assert steps.forecast.is_next_full
 
 
 def test_an_idle_worker_begins_its_step_with_the_prompt() -> None:

@@ -18,7 +18,7 @@ from tests.gateway.fakes import chat_body, gateway, in_virtual_time, model_info,
 
 TEXT = random.Random(1).randbytes(400_000)
 SECOND_NS = 1_000_000_000
-MODEL = {"names": ("m",), "max_sequences": 64, "kv_blocks": 10_000, "kv_block_tokens": 16}
+MODEL = {"names": ("m",), "max_sequences": 64, "max_batch_tokens": 10**6, "kv_blocks": 10_000, "kv_block_tokens": 16}
 
 
 class Fleet:

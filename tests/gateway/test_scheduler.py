@@ -238,8 +238,9 @@ def test_prompts_that_yield_wait_in_the_gateway_and_not_in_the_engine() -> None:
     assert placed(scheduler.place(1)) == [2]
 
 
-def test_prompts_beyond_the_next_step_wait_in_the_gateway() -> None:
-    scheduler = scheduler_with("w", slots=32, token_target_ns=10**9)
+@pytest.mark.parametrize("token_target_ns", [None, 10**9])
+def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int | None) -> None:
+    scheduler = scheduler_with("w", slots=32, token_target_ns=token_target_ns)
     for number in range(9):
         scheduler.enqueue(ticket(number, input_tokens=1_500))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))

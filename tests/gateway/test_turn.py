@@ -3,7 +3,7 @@
 import pytest
 
 from gateway import turn
-from gateway.forecast import WARM, AnswerLength, EngineForecast
+from gateway.forecast import ENOUGH_STEPS, WARM, AnswerLength, EngineForecast
 from gateway.ledger import Lease, Ledger
 from gateway.limiter import SequenceLimit
 from gateway.order import Work
@@ -15,6 +15,7 @@ MS = 1_000_000
 STEP_MS, TOKEN_MS = 20, 0.5
 SLOTS = 4
 BATCH_TOKENS = 1_000
+ENOUGH_TOKENS = ENOUGH_STEPS * STEP_MS / TOKEN_MS
 NOW_NS = 3_600_000 * MS
 
 
@@ -93,10 +94,10 @@ def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
     assert wait_ms(on, ahead) == pytest.approx((1 + steps) * STEP_MS + 60 * TOKEN_MS)
 
 
-def test_a_step_takes_only_so_many_tokens_of_prompts() -> None:
+def test_a_step_is_given_only_so_many_tokens_of_prompts() -> None:
     on = worker()
     run(on, *exact(90))
-    steps = 30_000 / BATCH_TOKENS
+    steps = 30_000 / ENOUGH_TOKENS
     assert wait_ms(on, Work(requests=1, tokens=30_000)) == pytest.approx((1 + steps) * STEP_MS + 30_000 * TOKEN_MS)
 
 
