@@ -107,9 +107,16 @@ class Racer:
         if self._race.is_won_by(self):
             self._race.exchange.started(event, offset_ns)
 
-    def token(self, text: str, count: int, now_ns: int) -> None:
-        if self._race.is_won_by(self):
-            self._race.exchange.stream.token(text, count, now_ns)
+    @property
+    def descriptor(self) -> int:
+        return self._race.exchange.stream.descriptor
+
+    @property
+    def queue(self) -> Callable[[bytes], None]:
+        return self._race.exchange.stream.queue
+
+    def token(self, text: str, count: int, now_ns: int) -> bytes | None:
+        return self._race.exchange.stream.token(text, count, now_ns) if self._race.is_won_by(self) else None
 
     def delta(
         self, text: str, token_count: int, choice: int, logprobs: Sequence[TokenLogprob] | None, now_ns: int

@@ -12,6 +12,7 @@ import grpc.aio
 
 from gateway.heartbeat import Silence
 from gateway.offset import ClockOffset
+from gateway.stream import write
 from gateway.upstream import Sink, Tokens
 from protos.core import wire
 from protos.core.clock import Clock
@@ -277,9 +278,15 @@ class WorkerSession:
                     sink.delta(text, count, choice, deltas.logprobs.get(row), now_ns)
             return
         streams = self._streams
-        for slot, text, count in zip(deltas.slots, deltas.texts, deltas.token_counts, strict=True):
-            if stream := streams.get(slot):
-                stream.token(text, count, now_ns)
+        writers: list[Tokens] = []
+        chunks: list[bytes] = []
+        try:
+            for slot, text, count in zip(deltas.slots, deltas.texts, deltas.token_counts, strict=True):
+                if (stream := streams.get(slot)) and (chunk := stream.token(text, count, now_ns)):
+                    writers.append(stream)
+                    chunks.append(chunk)
+        finally:  # a bug costs the session, and nobody the text that has been counted
+            write(writers, chunks)
 
     def _keep_token_ids(self, deltas: Deltas) -> None:
         at = 0

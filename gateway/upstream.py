@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from protos.core.contract import Failed, Finished, Prompt, Sampling, Started, TokenLogprob
@@ -11,7 +11,16 @@ from protos.core.contract import Failed, Finished, Prompt, Sampling, Started, To
 class Tokens(Protocol):
     """Where plain text of a request's first choice goes: nearly all that a worker sends."""
 
-    def token(self, text: str, count: int, now_ns: int) -> None: ...
+    @property
+    def descriptor(self) -> int:
+        """Of the client's socket, where it may be written to."""
+
+    @property
+    def queue(self) -> Callable[[bytes], None]:
+        """Takes what the socket does not."""
+
+    def token(self, text: str, count: int, now_ns: int) -> bytes | None:
+        """What is to be written there, if anything."""
 
 
 class Sink(Protocol):

@@ -19,6 +19,7 @@ from gateway.exchange import Exchange
 from gateway.pipeline import Pipeline
 from gateway.scheduler import Scheduler
 from gateway.settings import Limits
+from gateway.stream import CLOSED
 from gateway.tenants import DEFAULT_BANDS, TenantTable
 from protos.core import wire
 from protos.core.contract import (
@@ -560,6 +561,9 @@ class FakeSink:
 
     def __init__(self) -> None:
         self.stream = self
+        self.queued: list[bytes] = []
+        self.descriptor = CLOSED
+        self.queue: Callable[[bytes], None] = self.queued.append
         self.heard: list[tuple[str, Any]] = []
         self.ended = asyncio.Event()
 
@@ -577,8 +581,9 @@ class FakeSink:
     def started(self, event: Started, offset_ns: int) -> None:
         self.heard.append(("started", event))
 
-    def token(self, text: str, count: int, now_ns: int) -> None:
+    def token(self, text: str, count: int, now_ns: int) -> bytes | None:
         self.heard.append(("delta", text))
+        return None
 
     def delta(self, text: str, token_count: int, choice: int, logprobs: Sequence[Any] | None, now_ns: int) -> None:
         self.heard.append(("delta", text))

@@ -17,7 +17,7 @@ from uvicorn.server import ServerState
 
 from gateway.connection import Connection
 from gateway.outlet import Outlet
-from gateway.stream import TokenStream
+from gateway.stream import TokenStream, write
 from gateway.wire import WIRE
 from protos.core.contract import TokenLogprob
 
@@ -71,12 +71,18 @@ class Teller:
             outlet.on_drained, outlet.on_closed = self.open, stream.close
             outlet.start(200, [])
             self.open()
+            chunks: list[bytes] = []
             for number in range(TOKENS):
-                stream.token(f"{number:100} ", 1, number)
+                if chunk := stream.token(f"{number:100} ", 1, number):
+                    chunks.append(chunk)
+                if number % 3 == 0 or not chunk:  # steps of up to three rows
+                    write([stream] * len(chunks), chunks)
+                    chunks.clear()
                 if number % 50 == 0:
                     self.client.read()
                 if number % 500 == 0:
                     await asyncio.sleep(0)
+            write([stream] * len(chunks), chunks)
             self.has_told.set()
             await outlet.unblocked()
             outlet.finish()
