@@ -152,8 +152,8 @@ class TokenStream:
 def write(streams: Sequence[Tokens], chunks: Sequence[bytes]) -> None:
     """What the streams made of a step, one after the other, once it is all made.
 
-    A twentieth less CPU than to make and write each in turn: the kernel's way through TCP and ours through Python do not
-    fit into the processor's caches together.
+    A twentieth less CPU than to make and write each in turn: the kernel's way through TCP and ours through Python do
+    not fit into the processor's caches together.
     """
     for stream, chunk in zip(streams, chunks, strict=True):
         try:
