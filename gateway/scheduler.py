@@ -237,7 +237,7 @@ class Scheduler:
     def place(self, now_ns: int) -> Placements:
         """Bind waiting requests to workers with room, in order; each placement holds a lease."""
         decided = Placements([], [])
-        turns = collections.deque(self._queues)
+        turns = collections.deque(self._queues if self._queued else ())
         while turns:
             model = turns.popleft()
             queue = self._queues[model]
@@ -323,12 +323,17 @@ class Scheduler:
         workers = self._serving.get(model, ())
         if is_urgent:
             return [worker for worker in workers if worker.room]
-        is_yielding, has_company = self._is_yielding(band, now_ns), self._has_company(now_ns)
+        if self._is_yielding(band, now_ns):
+            workers = [
+                worker
+                for worker in workers
+                if worker.forecast.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens
+            ]
+            if not workers:
+                return workers
+        has_company = self._has_company(now_ns)
         takers = [
-            worker
-            for worker in workers
-            if worker.room > (worker.limit.value // KEPT_SHARE if has_company else 0)
-            and (not is_yielding or worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens)
+            worker for worker in workers if worker.room > (worker.limit.value // KEPT_SHARE if has_company else 0)
         ]
         ready = [worker for worker in takers if worker.may_start(tokens)]
         return takers if ready and self._token_target_ns is None else ready
