@@ -1,16 +1,18 @@
 """What relaying costs: CPU of the proxy per token, per unary request, and memory per open stream.
 
-The proxy under test has core 0 to itself; source, client and trace sink share core 1. Rounds alternate between the
-proxies in one run. A round counts only if the pace was kept (95% of the tokens that the source should have produced)
-and every answer was whole.
+The proxies have core 0, one at work at a time; source, client and trace sink share core 1. All are started before, and
+take turns of a few seconds: a machine changes its speed by a quarter between minutes, so that only what was measured
+side by side is compared. A turn counts only if the pace was kept (95% of the tokens that the source should have
+produced) and every answer was whole.
 
-    python -m tests.bench.relay [--rounds 3] [--only tidegate envoy]
+    python -m tests.bench.relay [--rounds 5] [--only tidegate envoy]
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
+import contextlib
 import os
 import resource
 import signal
@@ -37,7 +39,7 @@ STEP_MS = 11.64
 LOADS = {"short": 256, "long": 1_000}
 """Tokens of an answer. As one ends the next request begins, and the starts are spread: admission, capture and tracing
 are at work in both, four times as often with the short ones."""
-WINDOW_S = 6.0
+WINDOW_S = 4.0
 SETTLE_S = 1.0
 PACE_FLOOR = 0.95
 UNARY_CONNECTIONS = 64
@@ -277,10 +279,7 @@ def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Pa
         results.direct.append(uvloop.run(measure_window(direct, "short", LOADS["short"], 0)))
     finally:
         direct.close()
-    for number in range(rounds):
-        # Rotated, so that no proxy always runs after the same other one.
-        for name in (*names[number % len(names) :], *names[: number % len(names)]):
-            _relay_round(name, number, patience_s, folder, results)
+    _relay_rounds(names, rounds, patience_s, folder, results)
     for name in names:
         _unary_round(name, folder, results)
     for name in names:
@@ -288,21 +287,24 @@ def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Pa
     return results
 
 
-def _relay_round(name: str, number: int, patience_s: float, folder: Path, results: Results) -> None:
-    proxy = open_proxy(name, folder / f"relay-{number}", STEP_MS)
-    try:
-        windows = [measure_calm_window(proxy, load, tokens, number, patience_s) for load, tokens in LOADS.items()]
-    finally:
-        proxy.close()
-    for window in windows:
-        report.console.print(
-            f"  round {number} {name} {window.load}: {window.cpu_us_per_token:.1f} us/token at "
-            f"{window.tokens_per_s:,.0f} tokens/s, {window.errors} errors"
-        )
-    results.relay.extend(windows)
-    results.evidence.append(
-        Evidence(proxy=name, answers=sum(window.answers for window in windows), counts=proxy.evidence())
-    )
+def _relay_rounds(names: Sequence[str], rounds: int, patience_s: float, folder: Path, results: Results) -> None:
+    with contextlib.ExitStack() as stack:
+        proxies = {name: open_proxy(name, folder / f"relay-{name}", STEP_MS) for name in names}
+        for proxy in proxies.values():
+            stack.callback(proxy.close)
+        for load, tokens in LOADS.items():
+            for number in range(rounds):
+                # Rotated, so that no proxy always runs after the same other one.
+                for name in (*names[number % len(names) :], *names[: number % len(names)]):
+                    window = measure_calm_window(proxies[name], load, tokens, number, patience_s)
+                    results.relay.append(window)
+                    report.console.print(
+                        f"  {load}, round {number}, {name}: {window.cpu_us_per_token:.1f} us/token at "
+                        f"{window.tokens_per_s:,.0f} tokens/s, {window.errors} errors"
+                    )
+    for name, proxy in proxies.items():  # ended: what they recorded is complete
+        answers = sum(window.answers for window in results.relay if window.proxy == name)
+        results.evidence.append(Evidence(proxy=name, answers=answers, counts=proxy.evidence()))
 
 
 def _unary_round(name: str, folder: Path, results: Results) -> None:
@@ -409,23 +411,24 @@ def _number(values: Sequence[float], digits: int) -> str:
 
 
 def ratio(results: Results, load: str) -> float | None:
-    """Tidegate's median CPU per token over the least of the others'; None unless all have a valid round.
+    """Tidegate's CPU per token over that of the better of the others: median of rounds; None without a valid one.
 
-    From undisturbed windows where every proxy has one: a busy core changes what each of them costs, and not alike.
+    From rounds without a disturbed window where there are such: a busy core changes what each costs, and not alike.
     """
-    valid = [window for window in results.relay if window.load == load and window.is_valid]
-    clean = [window for window in valid if window.is_clean]
-    return _ratio_of(clean) or _ratio_of(valid)
-
-
-def _ratio_of(windows: Sequence[Window]) -> float | None:
-    costs: dict[str, list[float]] = {}
-    for window in windows:
-        costs.setdefault(window.proxy, []).append(window.cpu_us_per_token)
-    if set(costs) != set(NAMES):
+    rounds: dict[int, dict[str, Window]] = {}
+    for window in results.relay:
+        if window.load == load and window.is_valid:
+            rounds.setdefault(window.round, {})[window.proxy] = window
+    whole = [windows for windows in rounds.values() if set(windows) == set(NAMES)]
+    clean = [windows for windows in whole if all(window.is_clean for window in windows.values())]
+    chosen = clean or whole
+    if not chosen:
         return None
-    medians = {name: statistics.median(values) for name, values in costs.items()}
-    return medians.pop("tidegate") / min(medians.values())
+    return max(
+        statistics.median(windows["tidegate"].cpu_us_per_token / windows[name].cpu_us_per_token for windows in chosen)
+        for name in NAMES
+        if name != "tidegate"
+    )
 
 
 def doubts(results: Results) -> list[str]:
@@ -456,7 +459,7 @@ def doubts(results: Results) -> list[str]:
 def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwinds, so that what was started is ended
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--patience", type=float, default=10.0, help="seconds to wait for a quiet machine; 0: do not")
     parser.add_argument("--only", nargs="+", choices=NAMES, default=NAMES, help="proxies to measure")
     arguments = parser.parse_args()
