@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 import msgspec
 
 from protos.core.capture import Level
+from protos.core.settings import OtlpEndpoint
 
 Port = Annotated[int, msgspec.Meta(ge=1, le=65535)]
 
@@ -33,7 +34,7 @@ class UpSettings(msgspec.Struct, frozen=True, kw_only=True):
     """Of the first worker; the others follow."""
     capture_level: Level = "hashed"
     capture_dir: str = "captures"
-    otlp_endpoint: str = ""
+    otlp_endpoint: OtlpEndpoint = ""
     """http://HOST:4317 of an OpenTelemetry collector or Jaeger; empty sends no traces."""
     log_dir: str = ".tidegate/logs"
     drain_s: Annotated[float, msgspec.Meta(ge=0, le=3600)] = 300.0

@@ -202,7 +202,7 @@ def _hash_key(capture: Capture) -> bytes:
 
 
 def _open_traces(tracing: Tracing, name: str, version: str) -> TraceWriter | None:
-    if tracing.otlp_endpoint is None:
+    if not tracing.otlp_endpoint:
         return None
     # Imported here: without an endpoint the exporter's half a second of imports is not paid.
     from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter

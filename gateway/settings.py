@@ -8,7 +8,7 @@ import msgspec
 
 from gateway.tenants import DEFAULT_BANDS, Band, Tenant, TenantName
 from protos.core.capture import Level
-from protos.core.settings import Port, Positive
+from protos.core.settings import OtlpEndpoint, Port, Positive
 
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=366 * 24 * 3600)]
 """TOML has `inf`, which no clock counts to."""
@@ -42,7 +42,7 @@ class Capture(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Tracing(msgspec.Struct, frozen=True, kw_only=True):
-    otlp_endpoint: str | None = None
+    otlp_endpoint: OtlpEndpoint = ""
     """OTLP over gRPC, such as http://127.0.0.1:4317; no spans leave without it."""
     keep_ratio: Ratio = 1.0
     """Fraction kept of the traces that are not kept for a reason (error, slow, cancelled, preempted, retried)."""

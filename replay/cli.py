@@ -22,6 +22,7 @@ import_app = typer.Typer(help="Make a workload of a public trace or of prompts."
 workload_app.add_typer(import_app, name="import")
 
 DAMAGED = 1
+UNANSWERED = 1
 INTERRUPTED = 130
 Output = Annotated[Path, typer.Option("-o", "--output", help="Workload file to write; .zst compresses it.")]
 
@@ -84,7 +85,7 @@ def replay_run(
     output: Annotated[Path | None, typer.Option("-o", "--output", help="The run's folder; must not exist.")] = None,
     config: Annotated[Path | None, typer.Option(help=r"Settings file (TOML), section \[replay].")] = None,
 ) -> None:
-    """Replay a capture or a workload and report on it."""
+    """Replay a capture or a workload and report on it; exit 1 when no request was answered."""
     flags = {
         "target": target,
         "speed": speed,
@@ -118,7 +119,12 @@ def _run(workload: Workload, settings: ReplaySettings, output: Path | None) -> i
         summary = runner.run(replayer.perform(plan, directory, console))
     typer.echo(report.render(summary))
     typer.echo(f"written to {directory}")
-    return INTERRUPTED if summary.is_interrupted else 0
+    if summary.is_interrupted:
+        return INTERRUPTED
+    if summary.errors and not summary.fates.get("finished"):
+        console.print("no request was answered; the report says why", highlight=False)
+        return UNANSWERED
+    return 0
 
 
 @replay_app.command("report")

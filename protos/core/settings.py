@@ -24,6 +24,8 @@ SECTIONS = ("gateway", "engine", "replay", "up")
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 """0 takes a free one."""
 Positive = Annotated[int, msgspec.Meta(ge=1)]
+OtlpEndpoint = Annotated[str, msgspec.Meta(pattern=r"^(https?://[^/\s]+:[0-9]+/?)?$")]
+"""Such as http://127.0.0.1:4317."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 Section = tuple[tuple[str, ...], type[msgspec.Struct], dict[str, Any]]

@@ -20,8 +20,11 @@ from opentelemetry.sdk.trace import ReadableSpan
 
 from gateway import tracing
 from gateway.sampling import TailSampler
+from gateway.settings import GatewaySettings
 from gateway.tracing import SpanBuilder, TraceWriter
+from protos.core import settings
 from protos.core.clock import SYSTEM_CLOCK
+from protos.core.errors import ConfigError
 from protos.core.record import PHASES, Attempt, Outcome, Phases, RequestRecord
 from tests.gateway.records import record
 
@@ -278,3 +281,19 @@ def test_queue_is_bounded_and_its_drops_are_counted(monkeypatch: pytest.MonkeyPa
     hangs.set()
     traces.close()
     assert (traces.exported, traces.dropped) == (0, 26)
+
+
+def endpoint_of(text: str) -> str:
+    flags = {"tracing.otlp_endpoint": text}
+    return settings.load(GatewaySettings, "gateway", file=None, environ={}, flags=flags).tracing.otlp_endpoint
+
+
+@pytest.mark.parametrize("text", ["", "http://127.0.0.1:4317", "https://collector.example:4317/", "http://[::1]:4317"])
+def test_endpoint_is_an_address(text: str) -> None:
+    assert endpoint_of(text) == text
+
+
+@pytest.mark.parametrize("text", ["jaeger", "jaeger:4317", "http://jaeger", "ftp://jaeger:4317", "http://a b:4317"])
+def test_endpoint_that_is_no_address_is_refused(text: str) -> None:
+    with pytest.raises(ConfigError, match=r"gateway\.tracing\.otlp_endpoint: expected str matching"):
+        endpoint_of(text)

@@ -339,6 +339,16 @@ async def test_command_replays_a_workload_file(tmp_path: Path) -> None:
     assert b"rate, busiest second" in err
 
 
+async def test_run_in_which_nothing_was_answered_fails(tmp_path: Path) -> None:
+    save(small_workload(), tmp_path / "w.jsonl.zst")
+    async with FakeServer(fake.answer_json({"error": {"message": "full"}}, 429)) as server:
+        process = await start_cli("replay", "run", "w.jsonl.zst", "--target", server.url, "-o", "run", cwd=tmp_path)
+        out, err = await process.communicate()
+    assert process.returncode == 1, err
+    assert b"5 of 5 requests sent" in out
+    assert b"no request was answered" in err
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 async def test_interrupted_run_keeps_its_results(number: signal.Signals, tmp_path: Path) -> None:
     save(small_workload(40), tmp_path / "w.jsonl")
