@@ -39,7 +39,7 @@ STEP_MS = 11.64
 LOADS = {"short": 256, "long": 1_000}
 """Tokens of an answer. As one ends the next request begins, and the starts are spread: admission, capture and tracing
 are at work in both, four times as often with the short ones."""
-WINDOW_S = 4.0
+WINDOW_S = 8.0
 SETTLE_S = 1.0
 PACE_FLOOR = 0.95
 UNARY_CONNECTIONS = 64
