@@ -232,8 +232,7 @@ class EngineForecast:
     @property
     def is_next_full(self) -> bool:
         """Has it enough prompts for the next step?"""
-        joined, batch = self._joined_tokens, self._batch_tokens
-        return self.unstarted_tokens - (joined if joined < batch else batch) >= self._enough_tokens
+        return self.ahead_tokens >= self._enough_tokens
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""

@@ -327,7 +327,7 @@ class Scheduler:
             workers = [
                 worker
                 for worker in workers
-                if worker.forecast.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens
+                if worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens
             ]
             if not workers:
                 return workers

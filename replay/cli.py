@@ -108,6 +108,7 @@ def _run(workload: Workload, settings: ReplaySettings, output: Path | None) -> i
     from rich.console import Console
 
     from replay import replayer, report
+    from replay.result import Fate
 
     run_id = replayer.new_run_id()
     directory = output or Path("replays") / run_id
@@ -121,7 +122,7 @@ def _run(workload: Workload, settings: ReplaySettings, output: Path | None) -> i
     typer.echo(f"written to {directory}")
     if summary.is_interrupted:
         return INTERRUPTED
-    if summary.errors and not summary.fates.get("finished"):
+    if summary.errors and not summary.fates.get(Fate.FINISHED):
         console.print("no request was answered; the report says why", highlight=False)
         return UNANSWERED
     return 0

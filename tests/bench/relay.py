@@ -289,9 +289,10 @@ def measure_all(names: Sequence[str], rounds: int, patience_s: float, folder: Pa
 
 def _relay_rounds(names: Sequence[str], rounds: int, patience_s: float, folder: Path, results: Results) -> None:
     with contextlib.ExitStack() as stack:
-        proxies = {name: open_proxy(name, folder / f"relay-{name}", STEP_MS) for name in names}
-        for proxy in proxies.values():
-            stack.callback(proxy.close)
+        proxies = {
+            name: stack.enter_context(contextlib.closing(open_proxy(name, folder / f"relay-{name}", STEP_MS)))
+            for name in names
+        }
         for load, tokens in LOADS.items():
             for number in range(rounds):
                 # Rotated, so that no proxy always runs after the same other one.
