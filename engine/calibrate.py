@@ -80,7 +80,7 @@ def calibrate(sample: Sample) -> Calibration:
         mean_output_tokens=max(1, round(statistics.fmean(answered))),
     )
     parameters = fit(sample.steps, base)
-    limits = Limits(engine.max_sequences, engine.max_batch_tokens, engine.yielding_tokens)
+    limits = Limits(engine.max_sequences, engine.max_batch_tokens)
     ttft, end_to_end = compare(sample.requests, parameters, limits, sample.held_out_ns)
     return Calibration(
         engine,

@@ -81,6 +81,7 @@ def _submit(engine: Simulator[LoggedRequest], request: LoggedRequest) -> simulat
         prompt_tokens=request.prompt_tokens,
         output_tokens=request.output_tokens,
         priority=request.priority,
+        step_tokens=request.step_tokens,
         block_hashes=request.blocks,
         now_ns=request.arrived_ns,
     )

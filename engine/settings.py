@@ -40,9 +40,9 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_model_len: Positive | None = None
     max_num_seqs: Positive | None = None
     max_num_batched_tokens: Positive | None = None
-    yielding_tokens: NotNegative | None = None
-    """Prompt tokens that one step computes of requests of the bands below the second, so that those of the first two
-    can start soon; a 32nd of `max_num_batched_tokens` without it, 0 for no limit. Requests of one band do not yield."""
+    makes_way: bool = True
+    """Long prompts make way for urgent ones where the gateway says so. vLLM's scheduler is extended for that, as it is
+    in the version that Tidegate installs: false leaves it as it is."""
 
     dtype: str = "auto"
     """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""

@@ -29,8 +29,6 @@ class EngineFacts(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", tag
     max_batch_tokens: int
     kv_blocks: int
     kv_block_tokens: int
-    yielding_tokens: int = 0
-    """See `engine.yielding`."""
 
 
 class LoggedStep(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", tag="step"):
@@ -54,6 +52,8 @@ class LoggedRequest(msgspec.Struct, frozen=True, kw_only=True, tag_field="is", t
     cached_tokens: int
     preemptions: int
     priority: int
+    step_tokens: int = 0
+    """See `engine.yielding`."""
     is_cancelled: bool
     blocks: list[int]
     """Hashes of its full blocks, the answer's too: equal ones hold the same tokens after the same tokens."""

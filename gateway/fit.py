@@ -10,6 +10,8 @@ OUTLIER = 3.0
 something else, would bend it for long. An engine that has become slow is followed all the same, step by step."""
 WARM = 8
 """Steps after which something is expected."""
+BASE_REACH = 2
+"""A step of nothing is taken to be no shorter than such a part of the shortest that was seen."""
 LEAST_SPREAD = 1e-9
 """Relative to the square of what is seen: less is rounding."""
 
@@ -54,6 +56,14 @@ class StepFit:
         if y < self._least_y:
             return self._least_y
         return y if y < self.most_y else self.most_y
+
+    @property
+    def base(self) -> float:
+        """y for no tokens and no answers: about, where no step was without them. 0 before the first step."""
+        if not self._steps:
+            return 0.0
+        least = self._least_y / BASE_REACH
+        return least if self._base < least else min(self._base, self._least_y)
 
     def _solve(self) -> tuple[float, float, float]:
         weight, x, n, y, xx, nn, xn, xy, ny = self._sums

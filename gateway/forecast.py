@@ -16,6 +16,8 @@ import msgspec
 
 from gateway.departures import Departures
 from gateway.fit import StepFit
+from gateway.lengths import AnswerLength
+from gateway.prefills import Prefill, Prefills
 
 WINDOW = 256
 WARM = 8
@@ -37,6 +39,12 @@ ENOUGH_STEPS = 8
 ENOUGH_NS = 50_000_000
 """A step has enough prompts when they take so many times what a step takes that computes nothing, and at least so long:
 the next ones are on their way by then. Fewer would cost throughput; with more, the first waits for the last."""
+PART_STEPS = 4
+"""Prompts of the second band that make way take so many times what a step takes that computes nothing."""
+PARTS_AHEAD = 2
+"""A worker gets them while it has less than so many of their steps to compute."""
+UNKNOWN_PARTS = 16
+"""A part of a full step, before it is known what tokens cost."""
 OVERDUE_NS = 1_000_000_000
 """A step that takes so much longer than any before may never end."""
 LEAST_NS = 1_000_000
@@ -57,28 +65,6 @@ class Forecast(msgspec.Struct, frozen=True, gc=False):
     """It would wait in the gateway. What is predicted of those is corrected apart."""
 
 
-class AnswerLength(msgspec.Struct, frozen=True, gc=False):
-    """What is known of an answer before it comes."""
-
-    tokens: float
-    """Of each sequence."""
-    sequences: int = 1
-    is_exact: bool = False
-    """It makes so many, and does not end before; else that is what such answers have in the mean."""
-
-
-class _Prefill(msgspec.Struct, gc=False):
-    tokens: int
-    """That are left to compute."""
-    is_running: bool
-    """It was there when the running step began."""
-    is_yielding: bool = False
-    """The engine computes as much of it in a step as others leave."""
-    is_unknown: bool = False
-    """Steps have computed a part of it, and nobody knows how much."""
-    answer: AnswerLength | None = None
-
-
 class Step(msgspec.Struct, frozen=True, gc=False):
     duration_ns: int
     has_prefill: bool
@@ -94,27 +80,25 @@ class EngineForecast:
         self._batch_tokens = batch_tokens
         self._enough_tokens = float(batch_tokens)
         """Of prompts, for a step."""
+        self._part_tokens = batch_tokens // UNKNOWN_PARTS
+        """Of prompts that make way."""
         self._fit = StepFit()
         self._ratios = RollingRatios()
-        self._prefills: dict[int, _Prefill] = {}
+        self._prefills = Prefills(batch_tokens)
         self._began_ns: int | None = None
         """When the step that runs has begun; None while the worker is idle."""
         self._prefill_steps = 0
-        self._started_tokens = 0
-        """That the running step has computed of the prompts whose first tokens came with its end."""
-        self._has_unknown = False
-        """Not all of it is known."""
         self._running = 0
         """Answers that the running step goes on with."""
         self._steps = 0
         """That have ended."""
         self._departures = Departures()
+        self._running_tokens = -1
+        """Of prompts, for which `_running_ns` was asked."""
+        self._running_ns = 0.0
+        """What the running step takes."""
         self._step_ns: float | None = None
         """A step without a prompt, once somebody has asked since the last one."""
-        self._joined_tokens = 0
-        """Of `unstarted_tokens`, those that were there when the running step began."""
-        self.unstarted_tokens = 0
-        """Prompt tokens that it was given and that are not known to be computed."""
 
     # -- what happens
 
@@ -124,31 +108,25 @@ class EngineForecast:
         tokens: int,
         now_ns: int,
         answer: AnswerLength | None = None,
-        *,
-        is_yielding: bool = False,
+        step_tokens: int = 0,
     ) -> None:
-        """The worker was given a prompt."""
+        """The worker was given a prompt; `step_tokens` is `Submit.step_tokens`."""
         is_running = self._began_ns is None
-        self._prefills[request] = _Prefill(tokens, is_running, is_yielding, answer=answer)
-        self.unstarted_tokens += tokens
+        self._prefills.add(request, Prefill(tokens, step_tokens, is_running, answer))
         if is_running:
             self._began_ns = now_ns
-            self._joined_tokens += tokens
         if answer is not None:
             self._expect_end(request, answer, self._steps + (1 if is_running else 2))
 
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
-        prefill = self._forget(request)
-        if prefill is not None:
-            self._started_tokens += prefill.tokens
-            self._has_unknown = self._has_unknown or prefill.is_unknown
-            if prefill.answer is not None:
-                self._expect_end(request, prefill.answer, self._steps + 1)
+        prefill = self._prefills.start(request)
+        if prefill is not None and prefill.answer is not None:
+            self._expect_end(request, prefill.answer, self._steps + 1)
 
     def dropped(self, request: int) -> None:
         """The request has left the worker, before its prompt was computed or after."""
-        self._forget(request)
+        self._prefills.forget(request)
         self._departures.leave(request)
 
     def rest(self) -> None:
@@ -157,58 +135,36 @@ class EngineForecast:
 
     def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0) -> Step | None:
         """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began."""
-        began_ns, tokens, has_unknown = self._began_ns, self._started_tokens, self._has_unknown
+        began_ns = self._began_ns
         ran, self._running = self._running, running
         self._steps += 1
         self._step_ns = None
+        self._running_tokens = -1
         self._began_ns = None if is_idle and not self._prefills else now_ns
-        self._started_tokens, self._has_unknown = 0, False
+        tokens = self._prefills.step(ran)
         if began_ns is None:
             return None
-        unfinished = [prefill for prefill in self._prefills.values() if prefill.is_running]
-        if unfinished:
-            part = self._compute_part(unfinished, self._batch_tokens - ran - tokens)
-            tokens += part
-            has_unknown = has_unknown or not part
-        for prefill in self._prefills.values():
-            prefill.is_running = True
-        self._joined_tokens = self.unstarted_tokens
-        if not has_unknown:
+        if tokens is not None:
             self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
-            self._enough_tokens = self._find_enough()
-        return Step(now_ns - began_ns, tokens > 0 or has_unknown)
+            self._find_most()
+        return Step(now_ns - began_ns, tokens != 0)
 
-    def _compute_part(self, unfinished: list[_Prefill], budget: int) -> int:
-        """A step has ended that left prompts unfinished: what it computed of them, in order; 0 where nobody knows.
-
-        It had no tokens left where they are more than it could compute. Else something else held them up.
-        """
-        is_yielding = any(one.is_yielding for one in unfinished)
-        if is_yielding or not 0 < budget < sum([one.tokens for one in unfinished]):
-            for prefill in unfinished:
-                prefill.is_unknown = True
-            return 0
-        left = budget
-        for prefill in unfinished:
-            part = min(left, prefill.tokens)
-            prefill.tokens -= part
-            left -= part
-        self.unstarted_tokens -= budget
-        return budget
-
-    def _find_enough(self) -> float:
+    def _find_most(self) -> None:
+        """What is enough for a step, by what a token costs."""
         slope = self._fit.slope
         if not (self.is_known and slope):
-            return self._batch_tokens
-        return min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * self._fit.predict(0, 0)) / slope)
+            return
+        base_ns = self._fit.base
+        self._enough_tokens = min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * base_ns) / slope)
+        self._part_tokens = int(min(self._batch_tokens, PART_STEPS * base_ns / slope))
 
-    def _forget(self, request: int) -> _Prefill | None:
-        prefill = self._prefills.pop(request, None)
-        if prefill is not None:
-            self.unstarted_tokens -= prefill.tokens
-            self._joined_tokens -= prefill.tokens if prefill.is_running else 0
-        return prefill
+    def step_tokens(self, priority: int) -> int:
+        """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.
+
+        They take about `PART_STEPS` times what a step takes that computes nothing, or a part of that.
+        """
+        return (self._part_tokens // priority or 1) if priority else 0
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
         if answer.is_exact:
@@ -219,24 +175,28 @@ class EngineForecast:
     # -- what is expected
 
     @property
-    def in_step_tokens(self) -> int:
-        """Of the prompts that it was given, what the running step computes."""
-        joined = self._joined_tokens
-        return joined if joined < self._batch_tokens else self._batch_tokens
+    def unstarted_tokens(self) -> int:
+        """Prompt tokens that it was given and that are not known to be computed."""
+        return self._prefills.unstarted_tokens
 
-    @property
-    def ahead_tokens(self) -> int:
-        """The others."""
-        return self.unstarted_tokens - self.in_step_tokens
+    def ahead_tokens(self, priority: int) -> int:
+        """Prompt tokens that steps after the running one compute before another prompt of that priority."""
+        return self._prefills.ahead_tokens if priority else self._prefills.ahead_urgent_tokens
 
-    @property
-    def is_next_full(self) -> bool:
-        """Has it enough prompts for the next step?"""
-        return self.ahead_tokens >= self._enough_tokens
+    def is_next_full(self, priority: int) -> bool:
+        """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
+        if priority:
+            return self._prefills.ahead_tokens * priority >= PARTS_AHEAD * self._part_tokens
+        return self._prefills.ahead_urgent_tokens >= self._enough_tokens
+
+    def _steps_of(self, tokens: int, priority: int) -> int:
+        """That compute so many prompt tokens."""
+        most = self.step_tokens(priority) if priority else self._batch_tokens
+        return 1 if tokens <= most else math.ceil(tokens / most)
 
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
-        return self.prompt_ns(self.unstarted_tokens)
+        return self._fit.slope * self._prefills.unstarted_tokens
 
     @property
     def is_known(self) -> bool:
@@ -257,50 +217,62 @@ class EngineForecast:
         """What a prompt adds to its steps."""
         return self._fit.slope * tokens
 
-    def turn_ns(self, steps: float, tokens: float, now_ns: int) -> float:
+    def turn_ns(self, steps: float, tokens: float, priority: int, now_ns: int) -> float:
         """Time until so many more steps have ended after the running one.
 
         They compute the prompts that the worker was given, and others of so many tokens.
         """
-        return self._left_ns(now_ns) + steps * self.step_ns() + self.prompt_ns(self.ahead_tokens + tokens)
+        prompts_ns = self._fit.slope * (self.ahead_tokens(priority) + tokens)
+        return self._left_ns(now_ns) + steps * self.step_ns() + prompts_ns
 
     def steps_until(self, places: float, mean_tokens: float) -> float:
         """Steps after the running one until so many places have been given back; new answers have `mean_tokens`."""
         return self._departures.steps_until(places, self._steps + 1, mean_tokens)
 
-    def prompt_steps(self, tokens: float) -> float:
+    def prompt_steps(self, tokens: float, priority: int) -> float:
         """Steps after the running one, given enough prompts each, until so many more tokens are computed."""
-        return (self.ahead_tokens + tokens) / self._enough_tokens
+        if not priority:
+            return (self._prefills.ahead_urgent_tokens + tokens) / self._enough_tokens
+        return (self._prefills.ahead_tokens + tokens) / min(self._enough_tokens, self.step_tokens(priority))
 
-    def after_step_ns(self, tokens: int) -> int | None:
+    def after_step_ns(self, tokens: int, priority: int) -> int | None:
         """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.
 
         None for one far larger than any that was seen.
         """
-        steps = max(1, math.ceil(tokens / self._batch_tokens))
+        steps = self._steps_of(tokens, priority)
         if tokens > REACH * steps * self._fit.most_x:
             return None
-        return int((steps + 1) * self.step_ns() + self.prompt_ns(tokens))
+        return int((steps + 1) * self.step_ns() + self._fit.slope * tokens)
 
     def _left_ns(self, now_ns: int) -> float:
         """What is left of the running step."""
         if self._began_ns is None:
             return 0.0
-        left_ns = self._began_ns + self._fit.predict(self.in_step_tokens, self._running) - now_ns
+        tokens = self._prefills.in_step_tokens
+        if tokens != self._running_tokens:
+            self._running_tokens = tokens
+            self._running_ns = self._fit.predict(tokens, self._running)
+        left_ns = self._began_ns + self._running_ns - now_ns
         return left_ns if left_ns > 0 else 0.0
 
-    def raw_ns(self, tokens: int, now_ns: int) -> int | None:
+    def raw_ns(self, tokens: int, now_ns: int, priority: int = 0) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.
 
         None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
-        ahead = self.ahead_tokens + tokens
-        steps = max(1, math.ceil(ahead / self._batch_tokens))
+        ahead = self.ahead_tokens(priority) + tokens
+        steps = self._steps_of(ahead, priority)
         if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
-        beyond_ns = self.prompt_ns(max(0.0, ahead - self._fit.most_x))
-        own_ns = (steps - 1) * self.step_ns() + self._fit.predict(ahead, self._running) + beyond_ns
-        return max(LEAST_NS, int(self._left_ns(now_ns) + own_ns))
+        own_ns = self._fit.predict(ahead, self._running)
+        if steps > 1:
+            own_ns += (steps - 1) * self.step_ns()
+        beyond = ahead - self._fit.most_x
+        if beyond > 0:
+            own_ns += self._fit.slope * beyond
+        raw_ns = int(self._left_ns(now_ns) + own_ns)
+        return raw_ns if raw_ns > LEAST_NS else LEAST_NS
 
     def corrected_ns(self, raw_ns: int) -> int:
         """The same, corrected by what came of earlier ones."""

@@ -2,10 +2,22 @@
 
 from __future__ import annotations
 
+import msgspec
+
 from protos.core.contract import Sampling
 
 DEFAULT_TOKENS = 128.0
 SMOOTHING = 0.05
+
+
+class AnswerLength(msgspec.Struct, frozen=True, gc=False):
+    """What is known of an answer before it comes."""
+
+    tokens: float
+    """Of each sequence."""
+    sequences: int = 1
+    is_exact: bool = False
+    """It makes so many, and does not end before; else that is what such answers have in the mean."""
 
 
 def has_fixed_output(sampling: Sampling) -> bool:

@@ -11,7 +11,8 @@ from collections.abc import Iterator
 import msgspec
 
 from gateway.fairness import LeastServed, ServiceCounters
-from gateway.forecast import AnswerLength, Forecast
+from gateway.forecast import Forecast
+from gateway.lengths import AnswerLength
 from gateway.prefixes import Blocks
 
 AGE_NS = 30_000_000_000
@@ -39,6 +40,8 @@ class Ticket(msgspec.Struct, frozen=True, kw_only=True, gc=False):
     """The first token is worthless later: the request leaves the queue by then."""
     is_sheddable: bool = False
     """May be refused because a forecast says that the deadline cannot be met."""
+    is_hurried: bool = False
+    """The deadline is its own: the client asked for a first token sooner than the gateway does."""
     forecast: Forecast | None = None
     """What was forecast when it arrived; the forecast learns from it."""
     avoid: tuple[str, ...] = ()

@@ -281,7 +281,12 @@ class Pipeline:
             return terms
         exchange.priority = terms.band_name
         exchange.forecast = self._scheduler.forecast(
-            model, terms.band, exchange.tenant, call.prompt_tokens_estimate, self._clock.mono_ns()
+            model,
+            terms.band,
+            exchange.tenant,
+            call.prompt_tokens_estimate,
+            self._clock.mono_ns(),
+            is_hurried=terms.is_first_token_own,
         )
         refusal = (
             check_model(model, tenant)
@@ -365,6 +370,7 @@ class Pipeline:
             arrived_ns=exchange.timeline.arrived_ns,
             deadline_ns=_wanted_by_ns(exchange, terms, self._clock.mono_ns()),
             is_sheddable=terms.is_sheddable and not is_begun,
+            is_hurried=terms.is_first_token_own,
             forecast=None if exchange.tried else exchange.forecast,
             avoid=exchange.tried,
             blocks=_blocks(call, exchange.model),
@@ -476,6 +482,7 @@ class Pipeline:
             model=exchange.model,
             traceparent=exchange.identity.traceparent,
             priority=placed.priority,
+            step_tokens=placed.step_tokens,
             token_ids=exchange.token_ids,
         )
         return Run(

@@ -61,18 +61,12 @@ class Worker(msgspec.Struct, kw_only=True):
         """Prompt tokens of requests that it was given and whose first token has not come."""
         return self.forecast.unstarted_tokens
 
-    def may_start(self, tokens: int) -> bool:
-        """May it be given a prompt of somebody who is not urgent, so that the next step computes it?
-
-        While that has not enough already and, where answers have a pace to keep, it may hold them up.
-        """
-        forecast = self.forecast
-        if forecast.is_next_full:
-            return False
+    def keeps_pace(self, tokens: int, priority: int) -> bool:
+        """Would its answers keep their pace with one more prompt, of somebody who is not urgent?"""
         if not self.pace.has_target:
             return True
-        ahead = forecast.ahead_tokens
-        return self.pace.allows(forecast.pending_ns(), forecast.prompt_ns(ahead + tokens) if ahead else 0.0)
+        ahead = self.forecast.ahead_tokens(priority)
+        return self.pace.allows(self.forecast.pending_ns(), self.forecast.prompt_ns(ahead + tokens) if ahead else 0.0)
 
     @property
     def room(self) -> int:

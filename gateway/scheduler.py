@@ -27,11 +27,9 @@ from protos.core.contract import Load, ModelInfo
 
 KEPT_SHARE = 8
 """One in so many of a worker's sequences is kept for urgent requests while there is company."""
+NOTHING_KEPT = 1 << 62
 COMPANY_NS = 300_000_000_000
 """So long after somebody came for whom others have to make way, more are expected."""
-YIELDING_SHARE = 8
-"""A worker gets a prompt that yields while those that it has left to compute are less than so much of a step: a few of
-the steps in which it computes a part of them. Its own queue stays short."""
 TELLING_SHARE = 0.2
 """A smaller part of a prompt, found in a cache or not, is lost in its last block and in the chat template."""
 
@@ -42,7 +40,9 @@ class Placement(msgspec.Struct, frozen=True, gc=False):
     cached_tokens: int = 0
     """Of the prompt, expected in the worker's prefix cache."""
     priority: int = 0
-    """For the engine; 0 is urgent."""
+    """For the engine."""
+    step_tokens: int = 0
+    """`Submit.step_tokens`."""
 
 
 class Placements(msgspec.Struct):
@@ -131,37 +131,40 @@ class Scheduler:
         """Waiting requests that arrived in a band."""
         return self._band_requests[band]
 
-    def forecast(self, model: str, band: int, tenant: str, input_tokens: int, now_ns: int) -> Forecast | None:
+    def forecast(
+        self, model: str, band: int, tenant: str, input_tokens: int, now_ns: int, *, is_hurried: bool = False
+    ) -> Forecast | None:
         """When a new request would see its first token; None while there is nothing to tell it from."""
         history = self._history(model)
         queue = self._queues.get(model)
         is_urgent = self._is_urgent(band, tenant, input_tokens)
+        priority = 0 if is_urgent else self._priority(band, now_ns, is_hurried=is_hurried)
         is_next = is_urgent or not queue
-        is_queued = not is_next or not self._is_open(model, band, is_urgent, input_tokens, now_ns)
+        is_queued = not is_next or not self._takers(model, is_urgent, priority, input_tokens, now_ns)
         if is_queued:
             work = queue.ahead(band, tenant) if queue is not None else Work()
-            raw_ns = self._queued_ns(model, input_tokens, work, now_ns)
+            raw_ns = self._queued_ns(model, input_tokens, priority, work, now_ns)
         else:
-            raw_ns = self._engine_ns(model, input_tokens, now_ns)
+            raw_ns = self._engine_ns(model, input_tokens, priority, now_ns)
         return None if raw_ns is None else history.correct(raw_ns, now_ns, is_queued=is_queued)
 
-    def _queued_ns(self, model: str, tokens: int, ahead: Work, now_ns: int) -> int | None:
+    def _queued_ns(self, model: str, tokens: int, priority: int, ahead: Work, now_ns: int) -> int | None:
         """Time to first token of one that waits, where it would be soonest; each worker has a share of the others."""
         workers = [worker for worker in self._serving.get(model, ()) if worker.is_open]
         slots = sum([worker.model.max_sequences for worker in workers])
         known_ns = []
         for worker in workers:
-            wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, now_ns)
+            wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, priority, now_ns)
             if wait_ns is None:
                 continue
-            own_ns = worker.forecast.after_step_ns(tokens)
+            own_ns = worker.forecast.after_step_ns(tokens, priority)
             if own_ns is not None:
                 known_ns.append(int(wait_ns) + own_ns)
         return min(known_ns, default=None)
 
-    def _engine_ns(self, model: str, tokens: int, now_ns: int) -> int | None:
+    def _engine_ns(self, model: str, tokens: int, priority: int, now_ns: int) -> int | None:
         """Time to first token on the worker that would be soonest."""
-        raw_ns = [worker.forecast.raw_ns(tokens, now_ns) for worker in self._serving.get(model, ())]
+        raw_ns = [worker.forecast.raw_ns(tokens, now_ns, priority) for worker in self._serving.get(model, ())]
         return min((ns for ns in raw_ns if ns is not None), default=None)
 
     def _history(self, model: str) -> QueueForecast:
@@ -169,10 +172,6 @@ class Scheduler:
         if history is None:
             history = self._forecasts[model] = QueueForecast()
         return history
-
-    def _is_open(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> bool:
-        """Would a request be placed now if nobody waited?"""
-        return bool(self._takers(model, band, is_urgent, tokens, now_ns))
 
     def drain_ns(self, model: str) -> float | None:
         """Time from one placement to the next while requests wait; None while it is not known."""
@@ -246,18 +245,19 @@ class Scheduler:
             if ticket is None:
                 continue
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
-            takers = self._takers(model, ticket.band, is_urgent, ticket.input_tokens, now_ns)
+            priority = 0 if is_urgent else self._priority(ticket.band, now_ns, is_hurried=ticket.is_hurried)
+            takers = self._takers(model, is_urgent, priority, ticket.input_tokens, now_ns)
             route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
                 continue
             turns.append(model)
-            raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
+            raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns, priority)
             if self._is_too_late(ticket, route.worker, raw_ns, now_ns):
                 self.leave(ticket.request)
                 self._learn_end(ticket, now_ns)
                 decided.shed.append(ticket.request)
                 continue
-            decided.placed.append(self._bind(ticket, route, raw_ns, now_ns))
+            decided.placed.append(self._bind(ticket, route, raw_ns, priority, now_ns))
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
 
@@ -276,9 +276,10 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
+        priority = self._priority(ticket.band, now_ns, is_hurried=ticket.is_hurried) if ticket.band else 0
         takers = [
             worker
-            for worker in self._takers(ticket.model, ticket.band, False, ticket.input_tokens, now_ns)
+            for worker in self._takers(ticket.model, False, priority, ticket.input_tokens, now_ns)
             if worker.name not in ticket.avoid
             and worker.breaker.state(now_ns) == "closed"
             and not worker.is_in_doubt(now_ns)
@@ -286,8 +287,8 @@ class Scheduler:
         route = self.choose(takers, ticket, now_ns)
         if route is None:
             return None
-        raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns)
-        return self._bind(ticket, route, raw_ns, now_ns)
+        raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns, priority)
+        return self._bind(ticket, route, raw_ns, priority, now_ns)
 
     def _note_company(self, ticket: Ticket) -> None:
         if ticket.is_paid:
@@ -310,11 +311,17 @@ class Scheduler:
         """
         return band == 0 or (band == 1 and self.counters.is_owed(tenant, input_tokens, output_tokens))
 
-    def _is_yielding(self, band: int, now_ns: int) -> bool:
-        """Are prompts of the band to make way in the engine? Among themselves those of the lower bands do not."""
-        return band > 1 and now_ns - self._upper_ns < COMPANY_NS
+    def _priority(self, band: int, now_ns: int, *, is_hurried: bool) -> int:
+        """For the engine, of a request that is not urgent: 0 is computed whole, others make way for it.
 
-    def _takers(self, model: str, band: int, is_urgent: bool, tokens: int, now_ns: int) -> list[Worker]:
+        Those of the lower bands do while requests of the first two come, and those of the second while there is
+        company, unless they have to be in time themselves.
+        """
+        if band == 1:
+            return int(not is_hurried and now_ns - self._company_ns < COMPANY_NS)
+        return band if now_ns - self._upper_ns < COMPANY_NS else 0
+
+    def _takers(self, model: str, is_urgent: bool, priority: int, tokens: int, now_ns: int) -> list[Worker]:
         """Who serves it and has room. Where a request is not urgent, room is kept, and what cannot start soon waits.
 
         Where there is no pace to keep, one worker that may start it is enough: it goes where it adds the least delay
@@ -323,20 +330,17 @@ class Scheduler:
         workers = self._serving.get(model, ())
         if is_urgent:
             return [worker for worker in workers if worker.room]
-        if self._is_yielding(band, now_ns):
-            workers = [
-                worker
-                for worker in workers
-                if worker.unstarted_tokens * YIELDING_SHARE <= worker.model.max_batch_tokens
-            ]
-            if not workers:
-                return workers
-        has_company = self._has_company(now_ns)
-        takers = [
-            worker for worker in workers if worker.room > (worker.limit.value // KEPT_SHARE if has_company else 0)
+        share = KEPT_SHARE if self._has_company(now_ns) else NOTHING_KEPT
+        ready = [
+            worker
+            for worker in workers
+            if not worker.forecast.is_next_full(priority)
+            and worker.room > worker.limit.value // share
+            and worker.keeps_pace(tokens, priority)
         ]
-        ready = [worker for worker in takers if worker.may_start(tokens)]
-        return takers if ready and self._token_target_ns is None else ready
+        if not ready or self._token_target_ns is not None:
+            return ready
+        return [worker for worker in workers if worker.room > worker.limit.value // share]
 
     def _is_too_late(self, ticket: Ticket, worker: Worker, raw_ns: int | None, now_ns: int) -> bool:
         """Never on an idle worker: there a wrong forecast would refuse for ever, since nothing corrects it."""
@@ -344,7 +348,7 @@ class Scheduler:
             return False
         return now_ns + worker.forecast.corrected_ns(raw_ns) > ticket.deadline_ns
 
-    def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, now_ns: int) -> Placement:
+    def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, priority: int, now_ns: int) -> Placement:
         worker = route.worker
         if not worker.held.requests:
             worker.rest()
@@ -354,8 +358,8 @@ class Scheduler:
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
         self._history(ticket.model).placed(now_ns, others_wait=others_wait)
-        is_yielding = self._is_yielding(ticket.band, now_ns)
-        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, is_yielding=is_yielding)
+        step_tokens = worker.forecast.step_tokens(priority)
+        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, step_tokens)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)
@@ -365,7 +369,7 @@ class Scheduler:
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
         self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
-        return Placement(ticket, worker.name, route.cached_tokens, ticket.band if is_yielding else 0)
+        return Placement(ticket, worker.name, route.cached_tokens, priority, step_tokens)
 
     def charged_tokens(self, request: int) -> int:
         """Output tokens that the placed request's tenant has been charged for."""

@@ -105,6 +105,7 @@ class WorkerSession:
         model: str,
         traceparent: str,
         priority: int = 0,
+        step_tokens: int = 0,
         token_ids: list[int] | None = None,
     ) -> int:
         slot = self._next_slot
@@ -122,6 +123,7 @@ class WorkerSession:
                 model=model,
                 traceparent=traceparent,
                 priority=priority,
+                step_tokens=step_tokens,
                 resumed_token_ids=tuple(token_ids or ()),
             )
         )

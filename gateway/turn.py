@@ -13,7 +13,7 @@ from gateway.order import Work
 from gateway.router import Worker
 
 
-def wait_ns(worker: Worker, ahead: Work, share: float, now_ns: int) -> float | None:
+def wait_ns(worker: Worker, ahead: Work, share: float, priority: int, now_ns: int) -> float | None:
     """Time until it is the turn of who comes after its `share` of what is ahead; None while that is not known."""
     forecast = worker.forecast
     if not forecast.is_known:
@@ -22,7 +22,7 @@ def wait_ns(worker: Worker, ahead: Work, share: float, now_ns: int) -> float | N
     prompts_ns = forecast.prompt_ns(tokens)
     steps = max(
         forecast.steps_until(requests + 1 - worker.room, ahead.mean_answer),
-        forecast.prompt_steps(tokens),
+        forecast.prompt_steps(tokens, priority),
         worker.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
     )
-    return forecast.turn_ns(steps, tokens, now_ns) if steps < math.inf else None
+    return forecast.turn_ns(steps, tokens, priority, now_ns) if steps < math.inf else None

@@ -62,12 +62,13 @@ class Upstream(Protocol):
         model: str,
         traceparent: str,
         priority: int = 0,
+        step_tokens: int = 0,
         token_ids: list[int] | None = None,
     ) -> int:
         """Send a request; returns its slot, for `cancel`.
 
-        `priority` is `Submit.priority`. `token_ids` are the output tokens that it has from another worker; the new ones
-        are appended. None keeps none.
+        `priority` and `step_tokens` are those of `Submit`. `token_ids` are the output tokens that it has from another
+        worker; the new ones are appended. None keeps none.
         """
 
     def redirect(self, slot: int, sink: Sink, token_ids: list[int] | None = None) -> None:

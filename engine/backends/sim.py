@@ -16,7 +16,6 @@ from engine.sim.prompt import TOKEN_BYTES, hash_blocks, pack_ids, read_tokens
 from engine.sim.simulator import Limits, Sequence, Simulator, Step
 from engine.sim.text import Script, fake_logprob, write_script
 from engine.step_log import EngineFacts, LoggedRequest, LoggedStep, StepLogWriter
-from engine.yielding import limit_of
 from protos.core.contract import (
     FailureKind,
     Finished,
@@ -77,9 +76,7 @@ class SimBackend:
         self._parameters = settings.sim
         self._context_tokens = settings.max_model_len or DEFAULT_CONTEXT_TOKENS
         batch_tokens = settings.max_num_batched_tokens or DEFAULT_BATCH_TOKENS
-        self._limits = Limits(
-            settings.max_num_seqs or DEFAULT_SEQUENCES, batch_tokens, limit_of(settings.yielding_tokens, batch_tokens)
-        )
+        self._limits = Limits(settings.max_num_seqs or DEFAULT_SEQUENCES, batch_tokens)
         self._simulator: Simulator[_Choice] = Simulator(self._parameters, self._limits)
         self._arrived = asyncio.Event()
         self._step_log: StepLogWriter | None = None
@@ -121,6 +118,7 @@ class SimBackend:
                     prompt_tokens=prompt_tokens + resumed_tokens,
                     output_tokens=script.output_tokens - resumed_tokens,
                     priority=submit.priority,
+                    step_tokens=submit.step_tokens if self._settings.makes_way else 0,
                     block_hashes=hash_blocks(
                         tokens + _answer_tokens(submit.prompt, script), self._parameters.kv_block_tokens, adapter
                     ),
@@ -220,7 +218,6 @@ class SimBackend:
                 max_batch_tokens=model.max_batch_tokens,
                 kv_blocks=model.kv_blocks,
                 kv_block_tokens=model.kv_block_tokens,
-                yielding_tokens=self._limits.yielding_tokens,
             )
         )
         return log
@@ -246,6 +243,7 @@ class SimBackend:
                     cached_tokens=sequence.cached_tokens,
                     preemptions=sequence.preemptions,
                     priority=sequence.rank[0],
+                    step_tokens=sequence.step_tokens,
                     is_cancelled=is_cancelled,
                     blocks=list(sequence.block_hashes),
                 )

@@ -36,7 +36,7 @@ from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import EngineSettings
 from engine.stall import Look, Stall
 from engine.step_log import STEP_LOG
-from engine.yielding import YIELDING_TOKENS
+from engine.yielding import STEP_TOKENS
 from protos.core.contract import (
     ChatPrompt,
     FailureKind,
@@ -296,6 +296,8 @@ class VllmBackend:
     def _outputs(self, request: _Request, prompt: Any, params: Any) -> AsyncGenerator[Any, None]:
         # A number of our own: two gateways may use the same request id, and vLLM aborts by it.
         name = f"{request.submit.request_id}-{next(self._numbers)}"
+        if request.submit.step_tokens:
+            params.extra_args = {STEP_TOKENS: request.submit.step_tokens}
         outputs: AsyncGenerator[Any, None] = self._engine.generate(
             prompt,
             params,
@@ -344,10 +346,8 @@ def _choose_scheduler(config: Any, settings: EngineSettings) -> None:
         step_log.create(path)
         os.environ[STEP_LOG] = str(path.absolute())
         module, prefix = "vllm_step_log", "Logged"
-    elif config.scheduler_config.scheduler_cls is not None or settings.yielding_tokens == 0:
+    elif config.scheduler_config.scheduler_cls is not None or not settings.makes_way:
         return
-    if settings.yielding_tokens is not None:
-        os.environ[YIELDING_TOKENS] = str(settings.yielding_tokens)
     kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
     config.scheduler_config.scheduler_cls = f"engine.backends.{module}.{prefix}{kind}"
 

@@ -7,13 +7,12 @@ interface stable: what is used here is `schedule`, its running and waiting reque
 from __future__ import annotations
 
 import itertools
-import os
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from engine.yielding import URGENT_PRIORITY, YIELDING_TOKENS, Yielding, limit_of
+from engine.yielding import STEP_TOKENS, Yielding
 
 
 class MakesWay:
@@ -25,10 +24,8 @@ class MakesWay:
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
-        setting = os.environ.get(YIELDING_TOKENS)
         self._batch_tokens = self.max_num_scheduled_tokens
-        self.yielding_tokens = limit_of(int(setting) if setting else None, self._batch_tokens)
-        self._yielding = Yielding(self._batch_tokens, self.yielding_tokens)
+        self._yielding = Yielding(self._batch_tokens)
 
     def schedule(self, *args: Any, **kwargs: Any) -> Any:
         sitting_out = self._make_way()
@@ -42,18 +39,24 @@ class MakesWay:
     def _make_way(self) -> list[Any]:
         self.max_num_scheduled_tokens = self._batch_tokens
         everything = self.requests.values()  # type: ignore[attr-defined]
-        if not self._yielding.is_on or not any(request.priority > URGENT_PRIORITY for request in everything):
+        if not any(map(step_tokens, everything)):
             return []
         prompts = [request for request in self.running if request.is_prefill_chunk]
         waiting = itertools.chain(self.waiting, self.kv_holding_waiting)  # type: ignore[attr-defined]
-        urgent = (one for one in itertools.chain(prompts, waiting) if one.priority <= URGENT_PRIORITY)
+        unfinished = ((_next_tokens(one), step_tokens(one)) for one in itertools.chain(prompts, waiting))
         decodes = (request for request in self.running if not request.is_prefill_chunk)
-        plan = self._yielding.plan(sum(map(_next_tokens, decodes)), sum(map(_next_tokens, urgent)))
+        plan = self._yielding.plan(sum(map(_next_tokens, decodes)), unfinished)
         self.max_num_scheduled_tokens = plan.budget_tokens
-        sitting_out = [one for one in prompts if plan.is_urgent and one.priority > URGENT_PRIORITY]
+        sitting_out = [one for one in prompts if plan.is_urgent and step_tokens(one)]
         if sitting_out:
             self.running = [request for request in self.running if request not in sitting_out]
         return sitting_out
+
+
+def step_tokens(request: Any) -> int:
+    """`Submit.step_tokens`."""
+    arguments = request.sampling_params.extra_args if request.sampling_params is not None else None
+    return arguments.get(STEP_TOKENS, 0) if arguments else 0
 
 
 def _next_tokens(request: Any) -> int:

@@ -12,7 +12,7 @@ from collections import deque
 from pathlib import Path
 from typing import Any
 
-from engine.backends.vllm_scheduler import YieldingAsyncScheduler, YieldingScheduler
+from engine.backends.vllm_scheduler import YieldingAsyncScheduler, YieldingScheduler, step_tokens
 from engine.sim.parameters import Work
 from engine.step_log import STEP_LOG, EngineFacts, LoggedRequest, LoggedStep, StepLogWriter
 
@@ -111,6 +111,7 @@ class Recorder:
                 cached_tokens=ended.cached_tokens,
                 preemptions=request.num_preemptions,
                 priority=request.priority,
+                step_tokens=step_tokens(request),
                 is_cancelled=is_cancelled,
                 blocks=[int.from_bytes(block[:HASH_BYTES], "little") for block in request.block_hashes],
             )
@@ -169,5 +170,4 @@ def _facts(scheduler: Any) -> EngineFacts:
         # One block is vLLM's own, for padding.
         kv_blocks=scheduler.kv_cache_config.num_blocks - 1,
         kv_block_tokens=config.cache_config.block_size,
-        yielding_tokens=scheduler.yielding_tokens,
     )

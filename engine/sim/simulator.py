@@ -22,7 +22,7 @@ import msgspec
 
 from engine.sim.kv_cache import KvCache
 from engine.sim.parameters import SimParameters, Work
-from engine.yielding import URGENT_PRIORITY, Yielding
+from engine.yielding import Yielding
 
 T = TypeVar("T")
 
@@ -32,8 +32,6 @@ _rank = attrgetter("rank")
 class Limits(msgspec.Struct, frozen=True):
     max_sequences: int
     max_batch_tokens: int
-    yielding_tokens: int = 0
-    """See `engine.yielding`."""
 
 
 class Sequence(Generic[T]):
@@ -58,6 +56,7 @@ class Sequence(Generic[T]):
         "queued_ns",
         "rank",
         "scheduled_ns",
+        "step_tokens",
     )
 
     def __init__(
@@ -66,6 +65,7 @@ class Sequence(Generic[T]):
         prompt_tokens: int,
         output_tokens: int,
         rank: tuple[int, int],
+        step_tokens: int,
         block_hashes: abc.Sequence[int],
         queued_ns: int,
     ) -> None:
@@ -73,6 +73,7 @@ class Sequence(Generic[T]):
         self.prompt_tokens = prompt_tokens
         self.output_tokens = output_tokens
         self.rank = rank
+        self.step_tokens = step_tokens
         self.block_hashes = block_hashes
         self.queued_ns = queued_ns
         self.scheduled_ns = 0
@@ -95,10 +96,6 @@ class Sequence(Generic[T]):
     @property
     def uncomputed(self) -> int:
         return self.prompt_tokens + self.generated - self.computed
-
-    @property
-    def is_urgent(self) -> bool:
-        return self.rank[0] <= URGENT_PRIORITY
 
 
 class Step(Generic[T]):
@@ -126,7 +123,7 @@ class Simulator(Generic[T]):
         self._waiting: list[tuple[tuple[int, int], Sequence[T]]] = []
         """A heap by (priority, arrival). Cancelled sequences stay until they surface."""
         self._submitted = 0
-        self._yielding = Yielding(limits.max_batch_tokens, limits.yielding_tokens)
+        self._yielding = Yielding(limits.max_batch_tokens)
         self._yielding_count = 0
         """Sequences that yield and are not over."""
         self._cache = KvCache(parameters.kv_blocks)
@@ -156,11 +153,13 @@ class Simulator(Generic[T]):
         prompt_tokens: int,
         output_tokens: int,
         priority: int = 0,
+        step_tokens: int = 0,
         block_hashes: abc.Sequence[int] = (),
         now_ns: int,
     ) -> Sequence[T]:
         """Queue a sequence of at least one prompt and one output token that together fit the KV cache.
 
+        `step_tokens` is `Submit.step_tokens`.
         `block_hashes` are numbers of 0 and more that stand for the content of its blocks and of all before them, of
         the prompt and, where known, of prompt and answer: two sequences share the blocks whose numbers are equal.
         Blocks past the last number are like no other sequence's.
@@ -169,8 +168,9 @@ class Simulator(Generic[T]):
         assert output_tokens > 0
         assert prompt_tokens + output_tokens <= self._parameters.kv_blocks * self._block_tokens
         self._submitted += 1
-        self._yielding_count += priority > URGENT_PRIORITY
-        sequence = Sequence(owner, prompt_tokens, output_tokens, (priority, self._submitted), block_hashes, now_ns)
+        self._yielding_count += step_tokens > 0
+        rank = (priority, self._submitted)
+        sequence = Sequence(owner, prompt_tokens, output_tokens, rank, step_tokens, block_hashes, now_ns)
         self._enqueue(sequence)
         return sequence
 
@@ -206,13 +206,13 @@ class Simulator(Generic[T]):
 
     def _make_way(self) -> tuple[int, list[Sequence[T]]]:
         """The step's budget, and running sequences that are not in it."""
-        if not self._yielding.is_on or not self._yielding_count:
+        if not self._yielding_count:
             return self._limits.max_batch_tokens, []
         prompts = [sequence for sequence in self._running if sequence.uncomputed > 1 or not sequence.generated]
         waiting = (sequence for _, sequence in self._waiting if not sequence.is_over)
-        urgent_tokens = sum(one.uncomputed for one in itertools.chain(prompts, waiting) if one.is_urgent)
-        plan = self._yielding.plan(len(self._running) - len(prompts), urgent_tokens)
-        sitting_out = [sequence for sequence in prompts if plan.is_urgent and not sequence.is_urgent]
+        unfinished = ((one.uncomputed, one.step_tokens) for one in itertools.chain(prompts, waiting))
+        plan = self._yielding.plan(len(self._running) - len(prompts), unfinished)
+        sitting_out = [sequence for sequence in prompts if plan.is_urgent and sequence.step_tokens]
         if sitting_out:
             out = set(map(id, sitting_out))
             self._running = [sequence for sequence in self._running if id(sequence) not in out]
@@ -343,7 +343,7 @@ class Simulator(Generic[T]):
 
     def _end(self, sequence: Sequence[T]) -> None:
         sequence.is_over = True
-        self._yielding_count -= not sequence.is_urgent
+        self._yielding_count -= sequence.step_tokens > 0
 
     def _sweep(self) -> None:
         if self._cancelled_running:

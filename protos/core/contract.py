@@ -74,6 +74,8 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     sampling: Sampling
     model: str
     priority: int = 0
+    step_tokens: int = 0
+    """Above 0 it makes way: prompts like it are computed so many tokens in a step, beside no others."""
     traceparent: str = ""
     resumed_token_ids: Sequence[int] = ()
     """Output tokens that another worker made before it was lost: the worker goes on after them."""

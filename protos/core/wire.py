@@ -99,6 +99,7 @@ def _submit_to_pb(submit: Submit) -> pb.Submit:
         request_id=submit.request_id,
         model=submit.model,
         priority=submit.priority,
+        step_tokens=submit.step_tokens,
         traceparent=submit.traceparent,
         resumed_token_ids=submit.resumed_token_ids,
     )
@@ -145,6 +146,7 @@ def _submit_from_pb(message: pb.Submit) -> Submit:
         sampling=_sampling_from_pb(message.sampling),
         model=message.model,
         priority=message.priority,
+        step_tokens=message.step_tokens,
         traceparent=message.traceparent,
         resumed_token_ids=tuple(message.resumed_token_ids),
     )

@@ -122,7 +122,7 @@ def run(
 ) -> tuple[list[Result], Spread]:
     """`is_watched`: look at the service of all tenants after each event."""
     model = msgspec.structs.replace(engine(), max_sequences=slots)
-    through = gateway(model, slo, yielding_tokens=model.yielding_tokens)
+    through = gateway(model, slo)
     spread = Spread(through)
     if is_watched:
         through.after_event = spread.check

@@ -192,22 +192,22 @@ def test_prompt_waits_until_blocks_for_all_of_it_are_free() -> None:
     assert late.is_over
 
 
-def making_way(budget: int = 64, yielding_tokens: int = 4, blocks: int = 64) -> Simulator[str]:
+def making_way(blocks: int = 64) -> Simulator[str]:
     parameters = SimParameters(step_us=1000, kv_blocks=blocks, kv_block_tokens=BLOCK_TOKENS)
-    return Simulator(parameters, Limits(4, budget, yielding_tokens))
+    return Simulator(parameters, Limits(4, 64))
 
 
 def test_prompt_that_yields_is_computed_a_few_tokens_a_step() -> None:
     sim = making_way()
-    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, now_ns=0)
+    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, step_tokens=4, now_ns=0)
     assert [step.work.prefill_tokens for step in run(sim)] == [4, 4, 4]
 
 
 def test_urgent_prompt_is_computed_whole_in_the_next_step_and_the_others_sit_it_out() -> None:
     sim = making_way()
-    sim.submit("answer", prompt_tokens=4, output_tokens=4, priority=2, now_ns=0)
+    sim.submit("answer", prompt_tokens=4, output_tokens=4, priority=2, step_tokens=4, now_ns=0)
     sim.step(0)
-    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, now_ns=1)
+    sim.submit("batch", prompt_tokens=12, output_tokens=1, priority=2, step_tokens=4, now_ns=1)
     sim.step(1)
     sim.submit("urgent", prompt_tokens=20, output_tokens=1, now_ns=2)
     step = sim.step(2)
@@ -219,7 +219,7 @@ def test_urgent_prompt_is_computed_whole_in_the_next_step_and_the_others_sit_it_
 def test_one_that_sits_out_keeps_its_place_among_the_sequences() -> None:
     sim = making_way()
     for number in range(3):
-        sim.submit(f"batch-{number}", prompt_tokens=12, output_tokens=1, priority=2, now_ns=0)
+        sim.submit(f"batch-{number}", prompt_tokens=12, output_tokens=1, priority=2, step_tokens=4, now_ns=0)
     sim.step(0)
     sim.submit("urgent", prompt_tokens=4, output_tokens=1, now_ns=1)
     sim.step(1)
@@ -230,7 +230,7 @@ def test_one_that_sits_out_keeps_its_place_among_the_sequences() -> None:
 
 def test_urgent_prompt_without_blocks_waits_for_the_prompts_that_hold_them() -> None:
     sim = making_way(blocks=8)
-    sim.submit("batch", prompt_tokens=24, output_tokens=2, priority=2, now_ns=0)
+    sim.submit("batch", prompt_tokens=24, output_tokens=2, priority=2, step_tokens=4, now_ns=0)
     for now_ns in range(5):
         sim.step(now_ns)
     sim.submit("urgent", prompt_tokens=16, output_tokens=2, now_ns=5)

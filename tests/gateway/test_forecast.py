@@ -142,22 +142,22 @@ def test_full_steps_teach_though_each_ends_within_a_prompt() -> None:
 )
 def test_the_next_step_is_full_when_it_has_enough_prompts(step_ms: float, token_ms: float, enough: float) -> None:
     steps = warm(step_ms=step_ms, token_ms=token_ms)
-    assert not steps.forecast.is_next_full
+    assert not steps.forecast.is_next_full(0)
     steps.give(int(0.98 * enough))
-    assert not steps.forecast.is_next_full
+    assert not steps.forecast.is_next_full(0)
     steps.give(int(0.03 * enough))
-    assert steps.forecast.is_next_full
+    assert steps.forecast.is_next_full(0)
     steps.step()
-    assert not steps.forecast.is_next_full, "that step runs now"
+    assert not steps.forecast.is_next_full(0), "that step runs now"
 
 
 def test_before_anything_is_known_a_step_is_given_what_it_can_compute() -> None:
     steps = Steps(EngineForecast(2_048))
     steps.give(1)
     steps.give(2_047)
-    assert not steps.forecast.is_next_full
+    assert not steps.forecast.is_next_full(0)
     steps.give(1)
-    assert steps.forecast.is_next_full
+    assert steps.forecast.is_next_full(0)
 
 
 def test_an_idle_worker_begins_its_step_with_the_prompt() -> None:

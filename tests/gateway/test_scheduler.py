@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from gateway.breaker import Verdict
+from gateway.forecast import UNKNOWN_PARTS
 from gateway.ledger import Lease, Ledger
 from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
@@ -197,7 +198,7 @@ def test_draining_worker_gets_no_more() -> None:
 def test_a_share_of_the_sequences_is_kept_for_urgent_requests_while_there_is_company() -> None:
     scheduler = scheduler_with("w", slots=16)
     for number in range(20):
-        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=100))
+        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=10))
     scheduler.enqueue(ticket(20, tenant="loud", band=0))
     assert placed(scheduler.place(0)) == [20, *range(13)], "two of sixteen stay free"
     scheduler.enqueue(ticket(21, tenant="quiet"))
@@ -218,31 +219,51 @@ def test_one_tenant_alone_has_all_sequences_and_its_requests_do_not_yield() -> N
     assert {placement.priority for placement in decided.placed} == {0}
 
 
-def test_lower_bands_yield_in_the_engine_to_the_first_two() -> None:
+def test_lower_bands_make_way_in_the_engine() -> None:
     scheduler = scheduler_with("w", slots=32)
     for band in range(4):
         scheduler.enqueue(ticket(band, band=band))
-    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 0, 2, 3]
+    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 1, 2, 3]
     scheduler.enqueue(ticket(4, band=2))
     assert [placement.priority for placement in scheduler.place(COMPANY_NS).placed] == [0], "to nobody, later"
 
 
-def test_prompts_that_yield_wait_in_the_gateway_and_not_in_the_engine() -> None:
+def test_who_had_more_than_its_share_makes_way_while_there_is_company_unless_it_has_to_be_in_time() -> None:
+    scheduler = scheduler_with("w", slots=32)
+    for number in range(5):
+        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=10))
+    assert {(one.priority, one.step_tokens) for one in scheduler.place(0).placed} == {(0, 0)}, "nobody else is there"
+    scheduler.enqueue(ticket(5, tenant="quiet", input_tokens=10))
+    scheduler.enqueue(ticket(6, tenant="loud", input_tokens=10))
+    scheduler.enqueue(ticket(7, tenant="loud", input_tokens=10, is_hurried=True))
+    decided = {one.ticket.request: (one.priority, one.step_tokens) for one in scheduler.place(0).placed}
+    assert decided == {5: (0, 0), 6: (1, 2048 // UNKNOWN_PARTS), 7: (0, 0)}
+
+
+def test_lower_bands_get_less_of_a_step() -> None:
+    scheduler = scheduler_with("w", slots=32)
+    for band in range(4):
+        scheduler.enqueue(ticket(band, band=band))
+    parts = [placement.step_tokens for placement in scheduler.place(0).placed]
+    assert parts == [0, 2048 // UNKNOWN_PARTS, 2048 // UNKNOWN_PARTS // 2, 2048 // UNKNOWN_PARTS // 3]
+
+
+def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> None:
     scheduler = scheduler_with("w", slots=32)
     scheduler.enqueue(ticket(0))
     for number in range(1, 9):
         scheduler.enqueue(ticket(number, band=2, input_tokens=200))
     scheduler.enqueue(ticket(9, band=1, input_tokens=200))
-    assert placed(scheduler.place(0)) == [0, 9, 1], "a worker of 2048 tokens a step has 400 to compute"
+    assert placed(scheduler.place(0)) == [0, 9], "the next step has 200 tokens to compute"
     scheduler.started(9, 1)
-    assert placed(scheduler.place(1)) == [2]
+    assert placed(scheduler.place(1)) == [1], "which is more than two steps compute of it"
 
 
 @pytest.mark.parametrize("token_target_ns", [None, 10**9])
 def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int | None) -> None:
     scheduler = scheduler_with("w", slots=32, token_target_ns=token_target_ns)
     for number in range(9):
-        scheduler.enqueue(ticket(number, input_tokens=1_500))
+        scheduler.enqueue(ticket(number, input_tokens=1_500, is_hurried=True))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
     assert placed(scheduler.place(0)) == [9, 0, 1], "one in the step that begins, and the next of 2048 tokens is full"
     assert placed(scheduler.place(0)) == []

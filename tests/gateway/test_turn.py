@@ -3,8 +3,9 @@
 import pytest
 
 from gateway import turn
-from gateway.forecast import ENOUGH_STEPS, WARM, AnswerLength, EngineForecast
+from gateway.forecast import ENOUGH_STEPS, WARM, EngineForecast
 from gateway.ledger import Lease, Ledger
+from gateway.lengths import AnswerLength
 from gateway.limiter import SequenceLimit
 from gateway.order import Work
 from gateway.pace import SHARE, Pace
@@ -54,7 +55,7 @@ def exact(*tokens: int) -> list[AnswerLength]:
 
 
 def wait_ms(on: Worker, ahead: Work, *, share: float = 1.0, after_ms: int = 0) -> float:
-    wait_ns = turn.wait_ns(on, ahead, share, NOW_NS + after_ms * MS)
+    wait_ns = turn.wait_ns(on, ahead, share, 0, NOW_NS + after_ms * MS)
     assert wait_ns is not None
     return wait_ns / MS
 
@@ -111,6 +112,6 @@ def test_a_queue_of_more_than_the_worker_runs_is_waited_for_answer_by_answer() -
 def test_nobody_knows_when_nobody_has_come_or_nobody_will_leave() -> None:
     on = worker()
     on.limit.value = 0
-    assert turn.wait_ns(on, Work(), 1.0, NOW_NS) is None, "no place, and none taken"
+    assert turn.wait_ns(on, Work(), 1.0, 0, NOW_NS) is None, "no place, and none taken"
     on.forecast = EngineForecast()
-    assert turn.wait_ns(on, Work(), 1.0, NOW_NS) is None
+    assert turn.wait_ns(on, Work(), 1.0, 0, NOW_NS) is None

@@ -88,6 +88,7 @@ submits = st.builds(
     sampling=samplings,
     model=text,
     priority=i32,
+    step_tokens=u32,
     traceparent=text,
     resumed_token_ids=tuples_of(u32, 50),
 )

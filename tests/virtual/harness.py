@@ -42,6 +42,7 @@ class Arrival(msgspec.Struct, frozen=True, kw_only=True):
     patience_ns: int = 10**15
     """How long it may wait for its first token."""
     is_sheddable: bool = False
+    is_hurried: bool = False
     session: str | None = None
     prompt: bytes = b""
     """Its text, where that matters: what the gateway compares with the workers' caches."""
@@ -87,7 +88,6 @@ class Gateway:
         wire_ns: int = 500_000,
         token_target_ns: int | None = None,
         jitter: Callable[[], float] = lambda: 1.0,
-        yielding_tokens: int = 0,
     ) -> None:
         """`jitter` is by how much the next step takes longer than the parameters say."""
         self.scheduler = Scheduler(token_target_ns)
@@ -110,7 +110,7 @@ class Gateway:
         self._sequences: dict[int, Sequence[int]] = {}
         for number in range(workers):
             name = f"w{number}"
-            self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens, yielding_tokens))
+            self._engines[name] = Simulator(parameters, Limits(max_sequences, max_batch_tokens))
             self.scheduler.worker_joined(name, _model(parameters, max_sequences, max_batch_tokens))
 
     @property
@@ -139,7 +139,9 @@ class Gateway:
         result = self.results[number]
         arrival, scheduler = result.arrival, self.scheduler
         fixed = arrival.has_fixed_output
-        result.forecast = scheduler.forecast(MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens, self.now_ns)
+        result.forecast = scheduler.forecast(
+            MODEL, arrival.band, arrival.tenant, arrival.prompt_tokens, self.now_ns, is_hurried=arrival.is_hurried
+        )
         if arrival.is_sheddable and admission.is_hopeless(result.forecast, arrival.patience_ns):
             result.is_refused = True
             return
@@ -162,6 +164,7 @@ class Gateway:
                 blocks=cut(arrival.prompt),
                 prompt_bytes=len(arrival.prompt),
                 is_sheddable=arrival.is_sheddable,
+                is_hurried=arrival.is_hurried,
                 forecast=result.forecast,
             )
         )
@@ -195,6 +198,7 @@ class Gateway:
             prompt_tokens=arrival.prompt_tokens,
             output_tokens=arrival.output_tokens,
             priority=placement.priority,
+            step_tokens=placement.step_tokens,
             block_hashes=arrival.blocks,
             now_ns=self.now_ns,
         )

@@ -11,7 +11,6 @@ import msgspec
 from engine import profile
 from engine.settings import EngineSettings
 from engine.sim.parameters import SimParameters
-from engine.yielding import limit_of
 from replay.synth import SynthSettings, synthesize
 from replay.workload import SyntheticBody
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
@@ -28,7 +27,6 @@ class Engine(msgspec.Struct, frozen=True):
     parameters: SimParameters
     max_sequences: int
     max_batch_tokens: int
-    yielding_tokens: int
 
 
 class Slo(msgspec.Struct, frozen=True):
@@ -45,14 +43,10 @@ def engine(name: str = "qwen3-14b-a100") -> Engine:
     settings = msgspec.convert(table, EngineSettings)
     assert settings.max_num_seqs is not None
     assert settings.max_num_batched_tokens is not None
-    batch_tokens = settings.max_num_batched_tokens
-    yielding_tokens = limit_of(settings.yielding_tokens, batch_tokens)
-    return Engine(settings.sim, settings.max_num_seqs, batch_tokens, yielding_tokens)
+    return Engine(settings.sim, settings.max_num_seqs, settings.max_num_batched_tokens)
 
 
-def gateway(
-    model: Engine, slo: Slo, *, workers: int = 1, jitter: Callable[[], float] = lambda: 1.0, yielding_tokens: int = 0
-) -> Gateway:
+def gateway(model: Engine, slo: Slo, *, workers: int = 1, jitter: Callable[[], float] = lambda: 1.0) -> Gateway:
     """In front of such engines; answers keep the pace of `slo`."""
     return Gateway(
         model.parameters,
@@ -61,7 +55,6 @@ def gateway(
         max_batch_tokens=model.max_batch_tokens,
         token_target_ns=slo.tpot_ns,
         jitter=jitter,
-        yielding_tokens=yielding_tokens,
     )
 
 
@@ -80,6 +73,7 @@ def poisson(
             prompt_tokens=min(PROMPT_TOKENS, prompt_tokens),
             output_tokens=min(OUTPUT_TOKENS, output_tokens),
             is_sheddable=slo is not None,
+            is_hurried=slo is not None,
             patience_ns=NEVER_NS if slo is None else slo.ttft_ns,
         )
         for at_ns, prompt_tokens, output_tokens in requests

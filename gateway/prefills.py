@@ -1,0 +1,153 @@
+"""The prompts that a worker was given and has not computed: which of them a step computes, and how far it gets.
+
+A step computes urgent prompts whole, as far as its tokens go. Where there are none it computes a few tokens of those
+that make way, in order; `engine.yielding` says how.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from gateway.lengths import AnswerLength
+
+
+class Prefill(msgspec.Struct, gc=False):
+    tokens: int
+    """That are left to compute."""
+    step_tokens: int
+    """`Submit.step_tokens`: above 0 it makes way."""
+    is_running: bool
+    """It was there when the running step began."""
+    answer: AnswerLength | None = None
+    is_begun: bool = False
+    """A part of it is computed."""
+    is_unknown: bool = False
+    """Steps have computed a part of it, and nobody knows how much."""
+
+
+class Prefills:
+    """One worker's. Owned by its forecast."""
+
+    def __init__(self, batch_tokens: int) -> None:
+        """`batch_tokens` is the most of a step."""
+        self._batch_tokens = batch_tokens
+        self._prefills: dict[int, Prefill] = {}
+        self._started: list[Prefill] = []
+        """Their first tokens came with the end of the running step."""
+        self._part_tokens = 0
+        """What a step computes of those that make way."""
+        self.unstarted_tokens = 0
+        """That are not known to be computed."""
+        self._urgent_tokens = 0
+        """Of those, the ones of prompts that are computed whole."""
+        self._joined_tokens = self._joined_urgent = 0
+        """Of both, those that were there when the running step began."""
+        self.in_step_tokens = 0
+        """What the running step computes."""
+        self.ahead_tokens = 0
+        """What steps after the running one compute before another prompt that makes way."""
+        self.ahead_urgent_tokens = 0
+        """And before one that is computed whole."""
+
+    def __bool__(self) -> bool:
+        return bool(self._prefills)
+
+    # -- what happens
+
+    def add(self, request: int, prefill: Prefill) -> None:
+        self._prefills[request] = prefill
+        self._part_tokens = max(self._part_tokens, prefill.step_tokens)
+        self._count(prefill, prefill.tokens)
+
+    def start(self, request: int) -> Prefill | None:
+        """Its first token has come, in the frame of the step that is now ending."""
+        prefill = self.forget(request)
+        if prefill is not None:
+            self._started.append(prefill)
+        return prefill
+
+    def forget(self, request: int) -> Prefill | None:
+        """It is no prompt that waits here any more; None where it was none."""
+        prefill = self._prefills.pop(request, None)
+        if prefill is not None:
+            self._count(prefill, -prefill.tokens)
+        return prefill
+
+    def step(self, decodes: int) -> int | None:
+        """A step of so many answers has ended: the tokens that it computed of prompts; None where nobody knows."""
+        if not (self._started or self._prefills):
+            return 0
+        started, self._started = self._started, []
+        unfinished, most = [], 0
+        for prefill in self._prefills.values():
+            if prefill.is_running:
+                unfinished.append(prefill)
+            prefill.is_running = True
+            if prefill.step_tokens > most:
+                most = prefill.step_tokens
+        tokens = sum([prefill.tokens for prefill in started])
+        part = self._compute_part(started, unfinished, decodes, tokens) if unfinished else 0
+        self._part_tokens = most
+        self._joined_tokens, self._joined_urgent = self.unstarted_tokens, self._urgent_tokens
+        self._note_step()
+        if part is None or any(prefill.is_unknown for prefill in started):
+            return None
+        return tokens + part
+
+    def _count(self, prefill: Prefill, tokens: int) -> None:
+        is_urgent = not prefill.step_tokens
+        self.unstarted_tokens += tokens
+        self.ahead_tokens += tokens
+        if is_urgent:
+            self._urgent_tokens += tokens
+            self.ahead_urgent_tokens += tokens
+        if prefill.is_running:
+            self._joined_tokens += tokens
+            if is_urgent:
+                self._joined_urgent += tokens
+            self._note_step()
+
+    def _compute_part(
+        self, started: list[Prefill], unfinished: list[Prefill], decodes: int, started_tokens: int
+    ) -> int | None:
+        """What the step computed of the prompts that it left unfinished, in order; None where nobody knows.
+
+        It had no tokens left where they are more than it could compute. Else something else held them up.
+        """
+        computed = [prefill for prefill in unfinished if not prefill.step_tokens]
+        if computed or any(not prefill.step_tokens for prefill in started):
+            part = self._batch_tokens - decodes - started_tokens
+        else:
+            computed = sorted(unfinished, key=_turn)
+            part = max([prefill.step_tokens for prefill in started + unfinished]) - started_tokens
+        if not computed:
+            return 0  # all of them made way
+        if not 0 <= part < sum([prefill.tokens for prefill in computed]):
+            for prefill in computed:
+                prefill.is_unknown = True
+            return None
+        left = part
+        for prefill in computed:
+            if not left:
+                break
+            taken = min(left, prefill.tokens)
+            self._count(prefill, -taken)
+            prefill.tokens -= taken
+            prefill.is_begun = True
+            left -= taken
+        return part
+
+    def _note_step(self) -> None:
+        """What the running step computes, and what is left then, from what there is."""
+        batch, joined, urgent = self._batch_tokens, self._joined_tokens, self._joined_urgent
+        in_step = urgent if urgent < batch else batch
+        self.ahead_urgent_tokens = self._urgent_tokens - in_step
+        if not urgent:
+            in_step = joined if joined < self._part_tokens else self._part_tokens
+        self.in_step_tokens = in_step
+        self.ahead_tokens = self.unstarted_tokens - in_step
+
+
+def _turn(prefill: Prefill) -> tuple[bool, int]:
+    """The engine goes on with what it has begun, then with those of the upper bands: a step computes more of them."""
+    return not prefill.is_begun, -prefill.step_tokens

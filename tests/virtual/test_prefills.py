@@ -1,0 +1,51 @@
+"""What the gateway takes a step to have computed, against what the simulated engine did."""
+
+import random
+
+import pytest
+
+from engine.sim.parameters import SimParameters
+from engine.sim.simulator import Limits, Sequence, Simulator
+from gateway.prefills import Prefill, Prefills
+
+SLOTS = 64
+BATCH = 512
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_the_tokens_of_a_step_are_known_without_asking(seed: int) -> None:
+    draw = random.Random(seed)
+    engine: Simulator[int] = Simulator(SimParameters(step_us=1_000, kv_blocks=10_000), Limits(SLOTS, BATCH))
+    prefills, in_parts, now_ns = Prefills(BATCH), 0, 0
+    for number in range(3_000):
+        if draw.random() < 0.3 and engine.running_count < SLOTS // 2:
+            tokens, step_tokens = draw.randint(1, 800), draw.choice((0, 40, 40, 20))
+            priority = 40 // step_tokens if step_tokens else 0
+            engine.submit(
+                number,
+                prompt_tokens=tokens,
+                output_tokens=draw.randint(1, 20),
+                priority=priority,
+                step_tokens=step_tokens,
+                now_ns=now_ns,
+            )
+            prefills.add(number, Prefill(tokens, step_tokens, is_running=True))
+        decodes = _decodes(engine)
+        expected = prefills.in_step_tokens
+        step = engine.step(now_ns)
+        if step is None:
+            continue
+        now_ns = step.ended_ns
+        for sequence in step.tokens:
+            if sequence.generated == 1:
+                prefills.start(sequence.owner)
+        computed = prefills.step(decodes)
+        assert computed == step.work.prefill_tokens
+        assert expected >= computed, "as much, or less where answers take some of a full step"
+        in_parts += 0 < computed < BATCH and bool(prefills)
+    assert in_parts > 200, "the load must make prompts wait for each other"
+
+
+def _decodes(engine: Simulator[int]) -> int:
+    running: list[Sequence[int]] = engine._running
+    return sum(1 for sequence in running if sequence.generated and sequence.uncomputed == 1)
