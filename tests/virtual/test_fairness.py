@@ -80,7 +80,7 @@ def test_counters_of_backlogged_tenants_stay_within_the_vtc_bound_at_every_insta
 
 
 def test_service_of_waiting_tenants_stays_within_the_bound_beside_an_aggressive_one() -> None:
-    trace = fairness.made_up_trace(seconds=15)
+    trace = fairness.speed_up(fairness.made_up_trace(seconds=60), fairness.SPEED)
     crowd = fairness.multiply(trace, "tenant-00", fairness.AGGRESSION)
     _, spread = fairness.run(crowd, SLOTS, Slo(), until_s=30, is_watched=True)
     assert spread.contested > 500, "the load must make tenants compete"
