@@ -10,6 +10,7 @@ differs by at most 2 * max(input_weight * longest prompt, output_weight * tokens
 from __future__ import annotations
 
 import heapq
+import math
 
 import msgspec
 
@@ -21,6 +22,13 @@ CREDIT = 2048.0
 asked for before was refused: with four times as much, four equal tenants at three times what their engine can carry are
 told wrong about 6% of what was admitted, since others pass; with this 4%, without any 3%.
 """
+
+
+LATELY_NS = 60_000_000_000
+FADES = 4
+"""So many times that long, then service of less than a token is forgotten."""
+LOUD_SHARE = 1.5
+"""Of an equal one: of two tenants, one that has more than three quarters. Equal ones do not come to it by chance."""
 
 
 class _Tenant(msgspec.Struct):
@@ -118,6 +126,40 @@ class ServiceCounters:
             for ring in self._rings:
                 if tenant in ring.entries:
                     ring.enter(tenant)
+
+
+class RecentService:
+    """What each tenant was served lately, over its weight, and who has had much more than the others.
+
+    Service fades to 1/e in `LATELY_NS`. To do nothing to the old, new service is counted the larger the later it comes;
+    from time to time all of it is made small again.
+    """
+
+    def __init__(self) -> None:
+        self._served: dict[str, float] = {}
+        self._total = 0.0
+        self._since_ns: int | None = None
+
+    def charge(self, tenant: str, served: float, now_ns: int) -> None:
+        """Weighted tokens over weight."""
+        if self._since_ns is None:
+            self._since_ns = now_ns
+        if now_ns - self._since_ns > FADES * LATELY_NS:
+            self._fade(now_ns)
+        served *= math.exp((now_ns - self._since_ns) / LATELY_NS)
+        self._served[tenant] = self._served.get(tenant, 0.0) + served
+        self._total += served
+
+    def is_loud(self, tenant: str) -> bool:
+        """Had it so much more than an equal share of what those were served that came lately? One alone never had."""
+        return self._served.get(tenant, 0.0) * len(self._served) > LOUD_SHARE * self._total
+
+    def _fade(self, now_ns: int) -> None:
+        assert self._since_ns is not None
+        keep = math.exp((self._since_ns - now_ns) / LATELY_NS)
+        self._since_ns = now_ns
+        self._served = {name: keep * served for name, served in self._served.items() if keep * served >= 1}
+        self._total = sum(self._served.values())
 
 
 class LeastServed:

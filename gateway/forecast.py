@@ -41,6 +41,8 @@ ENOUGH_NS = 50_000_000
 the next ones are on their way by then. Fewer would cost throughput; with more, the first waits for the last."""
 PART_STEPS = 4
 """Prompts of the second band that make way take so many times what a step takes that computes nothing."""
+PART_NS = 25_000_000
+"""And at least so long: where steps are that short, it is not they who are waited for."""
 PARTS_AHEAD = 2
 """A worker gets them while it has less than so many of their steps to compute."""
 UNKNOWN_PARTS = 16
@@ -157,7 +159,8 @@ class EngineForecast:
             return
         base_ns = self._fit.base
         self._enough_tokens = min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * base_ns) / slope)
-        self._part_tokens = int(min(self._batch_tokens, PART_STEPS * base_ns / slope))
+        part = min(self._batch_tokens, max(PART_NS, PART_STEPS * base_ns) / slope)
+        self._part_tokens = max(1, int(part))
 
     def step_tokens(self, priority: int) -> int:
         """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.

@@ -15,7 +15,7 @@ import msgspec
 
 from gateway import router, turn
 from gateway.breaker import Breaker, Verdict
-from gateway.fairness import ServiceCounters
+from gateway.fairness import RecentService, ServiceCounters
 from gateway.forecast import EngineForecast, Forecast, QueueForecast
 from gateway.ledger import Lease, Ledger
 from gateway.limiter import SequenceLimit
@@ -98,6 +98,7 @@ class Scheduler:
         self._token_target_ns = token_target_ns
         self.ledger = Ledger()
         self.counters = ServiceCounters()
+        self.recent = RecentService()
         self.choose: router.Choose = router.choose
         """The policy; benchmarks compare others with it."""
         self._workers: dict[str, Worker] = {}
@@ -138,7 +139,7 @@ class Scheduler:
         history = self._history(model)
         queue = self._queues.get(model)
         is_urgent = self._is_urgent(band, tenant, input_tokens)
-        priority = 0 if is_urgent else self._priority(band, now_ns, is_hurried=is_hurried)
+        priority = 0 if is_urgent else self._priority(band, tenant, now_ns, is_hurried=is_hurried)
         is_next = is_urgent or not queue
         is_queued = not is_next or not self._takers(model, is_urgent, priority, input_tokens, now_ns)
         if is_queued:
@@ -245,7 +246,7 @@ class Scheduler:
             if ticket is None:
                 continue
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
-            priority = 0 if is_urgent else self._priority(ticket.band, now_ns, is_hurried=ticket.is_hurried)
+            priority = 0 if is_urgent else self._priority_of(ticket, now_ns)
             takers = self._takers(model, is_urgent, priority, ticket.input_tokens, now_ns)
             route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
@@ -276,7 +277,7 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
-        priority = self._priority(ticket.band, now_ns, is_hurried=ticket.is_hurried) if ticket.band else 0
+        priority = self._priority_of(ticket, now_ns) if ticket.band else 0
         takers = [
             worker
             for worker in self._takers(ticket.model, False, priority, ticket.input_tokens, now_ns)
@@ -311,15 +312,18 @@ class Scheduler:
         """
         return band == 0 or (band == 1 and self.counters.is_owed(tenant, input_tokens, output_tokens))
 
-    def _priority(self, band: int, now_ns: int, *, is_hurried: bool) -> int:
+    def _priority(self, band: int, tenant: str, now_ns: int, *, is_hurried: bool) -> int:
         """For the engine, of a request that is not urgent: 0 is computed whole, others make way for it.
 
-        Those of the lower bands do while requests of the first two come, and those of the second while there is
-        company, unless they have to be in time themselves.
+        Those of the lower bands do while requests of the first two come, and those of the second where their tenant has
+        had much more than others, unless they have to be in time themselves.
         """
         if band == 1:
-            return int(not is_hurried and now_ns - self._company_ns < COMPANY_NS)
+            return int(not is_hurried and self.recent.is_loud(tenant))
         return band if now_ns - self._upper_ns < COMPANY_NS else 0
+
+    def _priority_of(self, ticket: Ticket, now_ns: int) -> int:
+        return self._priority(ticket.band, ticket.tenant, now_ns, is_hurried=ticket.is_hurried)
 
     def _takers(self, model: str, is_urgent: bool, priority: int, tokens: int, now_ns: int) -> list[Worker]:
         """Who serves it and has room. Where a request is not urgent, room is kept, and what cannot start soon waits.
@@ -369,6 +373,8 @@ class Scheduler:
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
         self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
+        served = self.counters.price(input_tokens, ticket.output_tokens) / ticket.weight
+        self.recent.charge(ticket.tenant, served, now_ns)
         return Placement(ticket, worker.name, route.cached_tokens, priority, step_tokens)
 
     def charged_tokens(self, request: int) -> int:

@@ -10,6 +10,8 @@ from gateway.forecast import (
     ENOUGH_NS,
     ENOUGH_STEPS,
     LEAST_NS,
+    PART_NS,
+    PART_STEPS,
     STALE_NS,
     WARM,
     WINDOW,
@@ -149,6 +151,19 @@ def test_the_next_step_is_full_when_it_has_enough_prompts(step_ms: float, token_
     assert steps.forecast.is_next_full(0)
     steps.step()
     assert not steps.forecast.is_next_full(0), "that step runs now"
+
+
+@pytest.mark.parametrize(
+    ("step_ms", "token_ms", "part"),
+    [(20, 0.2, PART_STEPS * 20 / 0.2), (1, 0.01, PART_NS / MS / 0.01), (0.001, 10, PART_NS / MS / 10), (0.001, 100, 1)],
+    ids=["by-the-step", "by-the-time", "few-tokens", "at-least-one"],
+)
+def test_prompts_that_make_way_take_a_few_times_a_step(step_ms: float, token_ms: float, part: float) -> None:
+    steps = warm(step_ms=step_ms, token_ms=token_ms)
+    assert steps.forecast.step_tokens(1) == pytest.approx(part, rel=0.03, abs=1)
+    assert steps.forecast.step_tokens(2) == max(1, steps.forecast.step_tokens(1) // 2)
+    for priority in (1, 2, 3):
+        assert not steps.forecast.is_next_full(priority), "the worker has nothing to do"
 
 
 def test_before_anything_is_known_a_step_is_given_what_it_can_compute() -> None:

@@ -223,21 +223,32 @@ def test_lower_bands_make_way_in_the_engine() -> None:
     scheduler = scheduler_with("w", slots=32)
     for band in range(4):
         scheduler.enqueue(ticket(band, band=band))
-    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 1, 2, 3]
+    assert [placement.priority for placement in scheduler.place(0).placed] == [0, 0, 2, 3]
     scheduler.enqueue(ticket(4, band=2))
     assert [placement.priority for placement in scheduler.place(COMPANY_NS).placed] == [0], "to nobody, later"
 
 
-def test_who_had_more_than_its_share_makes_way_while_there_is_company_unless_it_has_to_be_in_time() -> None:
+def test_who_had_much_more_than_others_makes_way_unless_it_has_to_be_in_time() -> None:
     scheduler = scheduler_with("w", slots=32)
     for number in range(5):
         scheduler.enqueue(ticket(number, tenant="loud", input_tokens=10))
     assert {(one.priority, one.step_tokens) for one in scheduler.place(0).placed} == {(0, 0)}, "nobody else is there"
     scheduler.enqueue(ticket(5, tenant="quiet", input_tokens=10))
-    scheduler.enqueue(ticket(6, tenant="loud", input_tokens=10))
-    scheduler.enqueue(ticket(7, tenant="loud", input_tokens=10, is_hurried=True))
+    scheduler.enqueue(ticket(6, tenant="quiet", input_tokens=10))
+    scheduler.place(0)
+    scheduler.enqueue(ticket(7, tenant="quiet", input_tokens=10))
+    scheduler.enqueue(ticket(8, tenant="loud", input_tokens=10))
+    scheduler.enqueue(ticket(9, tenant="loud", input_tokens=10, is_hurried=True))
     decided = {one.ticket.request: (one.priority, one.step_tokens) for one in scheduler.place(0).placed}
-    assert decided == {5: (0, 0), 6: (1, 2048 // UNKNOWN_PARTS), 7: (0, 0)}
+    assert decided == {7: (0, 0), 8: (0, 0), 9: (0, 0)}, "five of seven are not three quarters"
+    for number in range(10, 20):
+        scheduler.enqueue(ticket(number, tenant="loud", input_tokens=1))
+    scheduler.place(0)
+    scheduler.enqueue(ticket(20, tenant="quiet", input_tokens=10))
+    scheduler.enqueue(ticket(21, tenant="loud", input_tokens=10))
+    scheduler.enqueue(ticket(22, tenant="loud", input_tokens=10, is_hurried=True))
+    decided = {one.ticket.request: (one.priority, one.step_tokens) for one in scheduler.place(0).placed}
+    assert decided == {20: (0, 0), 21: (1, 2048 // UNKNOWN_PARTS), 22: (0, 0)}
 
 
 def test_lower_bands_get_less_of_a_step() -> None:
@@ -245,7 +256,7 @@ def test_lower_bands_get_less_of_a_step() -> None:
     for band in range(4):
         scheduler.enqueue(ticket(band, band=band))
     parts = [placement.step_tokens for placement in scheduler.place(0).placed]
-    assert parts == [0, 2048 // UNKNOWN_PARTS, 2048 // UNKNOWN_PARTS // 2, 2048 // UNKNOWN_PARTS // 3]
+    assert parts == [0, 0, 2048 // UNKNOWN_PARTS // 2, 2048 // UNKNOWN_PARTS // 3]
 
 
 def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> None:
