@@ -13,6 +13,8 @@ from collections.abc import Iterable
 
 import msgspec
 
+from protos.core.contract import SIT_OUT_STEPS
+
 STEP_TOKENS = "tidegate_step_tokens"
 """Under which the `extra_args` of vLLM's sampling parameters hold `Submit.step_tokens`."""
 
@@ -30,17 +32,22 @@ class Yielding:
         """`batch_tokens` is the most of any step."""
         self._batch_tokens = batch_tokens
         self._urgent_before = 0
+        self._sat_out = 0
+        """Steps in a row."""
 
     def plan(self, decode_tokens: int, prompts: Iterable[tuple[int, int]]) -> Plan:
         """For a step before which prompts have so many tokens left to compute, and `Submit.step_tokens`.
 
         Where none of the urgent ones were computed in the step before, the others may hold the KV blocks that one of
-        them needs: they go on, so that they come to their end.
+        them needs: they go on, so that they come to their end. So they do after `SIT_OUT_STEPS`, or they would starve.
         """
         urgent_tokens = most = 0
         for tokens, step_tokens in prompts:
             most = max(most, step_tokens)
             urgent_tokens += tokens if not step_tokens else 0
-        is_urgent = urgent_tokens > 0 and urgent_tokens != self._urgent_before
+        may_sit_out = not most or self._sat_out < SIT_OUT_STEPS
+        is_urgent = 0 < urgent_tokens != self._urgent_before and may_sit_out
         self._urgent_before = urgent_tokens if is_urgent else 0
+        if most:
+            self._sat_out = self._sat_out + 1 if is_urgent else 0
         return Plan(min(self._batch_tokens, decode_tokens + (urgent_tokens if is_urgent else most)), is_urgent)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import msgspec
 
 from gateway.lengths import AnswerLength
+from protos.core.contract import SIT_OUT_STEPS
 
 
 class Prefill(msgspec.Struct, gc=False):
@@ -34,6 +35,8 @@ class Prefills:
         self._prefills: dict[int, Prefill] = {}
         self._started: list[Prefill] = []
         """Their first tokens came with the end of the running step."""
+        self._sat_out = 0
+        """Steps in a row, by those that make way."""
         self._part_tokens = 0
         """What a step computes of those that make way."""
         self.unstarted_tokens = 0
@@ -85,14 +88,18 @@ class Prefills:
             prefill.is_running = True
             if prefill.step_tokens > most:
                 most = prefill.step_tokens
-        tokens = sum([prefill.tokens for prefill in started])
+        tokens, is_known, went_on = 0, True, False
+        for prefill in started:
+            tokens += prefill.tokens
+            is_known = is_known and not prefill.is_unknown
+            went_on = went_on or prefill.step_tokens > 0
         part = self._compute_part(started, unfinished, decodes, tokens) if unfinished else 0
+        if went_on:
+            self._sat_out = 0
         self._part_tokens = most
         self._joined_tokens, self._joined_urgent = self.unstarted_tokens, self._urgent_tokens
         self._note_step()
-        if part is None or any(prefill.is_unknown for prefill in started):
-            return None
-        return tokens + part
+        return tokens + part if part is not None and is_known else None
 
     def _count(self, prefill: Prefill, tokens: int) -> None:
         is_urgent = not prefill.step_tokens
@@ -115,9 +122,12 @@ class Prefills:
         It had no tokens left where they are more than it could compute. Else something else held them up.
         """
         computed = [prefill for prefill in unfinished if not prefill.step_tokens]
-        if computed or any(not prefill.step_tokens for prefill in started):
+        is_urgent = bool(computed) or any(not prefill.step_tokens for prefill in started)
+        if is_urgent and self._sat_out < SIT_OUT_STEPS:
+            self._sat_out += len(computed) < len(unfinished)
             part = self._batch_tokens - decodes - started_tokens
         else:
+            self._sat_out = 0
             computed = sorted(unfinished, key=_turn)
             part = max([prefill.step_tokens for prefill in started + unfinished]) - started_tokens
         if not computed:
@@ -139,15 +149,17 @@ class Prefills:
 
     def _note_step(self) -> None:
         """What the running step computes, and what is left then, from what there is."""
-        batch, joined, urgent = self._batch_tokens, self._joined_tokens, self._joined_urgent
-        in_step = urgent if urgent < batch else batch
-        self.ahead_urgent_tokens = self._urgent_tokens - in_step
-        if not urgent:
-            in_step = joined if joined < self._part_tokens else self._part_tokens
+        urgent, is_theirs = self._joined_urgent, self._part_tokens and self._sat_out >= SIT_OUT_STEPS
+        if urgent and not is_theirs:
+            in_step = urgent if urgent < self._batch_tokens else self._batch_tokens
+            self.ahead_urgent_tokens = self._urgent_tokens - in_step
+        else:
+            in_step = self._joined_tokens if self._joined_tokens < self._part_tokens else self._part_tokens
+            self.ahead_urgent_tokens = self._urgent_tokens
         self.in_step_tokens = in_step
         self.ahead_tokens = self.unstarted_tokens - in_step
 
 
-def _turn(prefill: Prefill) -> tuple[bool, int]:
+def _turn(prefill: Prefill) -> tuple[bool, bool, int]:
     """The engine goes on with what it has begun, then with those of the upper bands: a step computes more of them."""
-    return not prefill.is_begun, -prefill.step_tokens
+    return not prefill.is_begun, prefill.step_tokens > 0, -prefill.step_tokens

@@ -67,6 +67,10 @@ class Hello(msgspec.Struct, frozen=True):
     version: str
 
 
+SIT_OUT_STEPS = 4
+"""In a row at most: prompts that make way have the next step."""
+
+
 class Submit(msgspec.Struct, frozen=True, kw_only=True):
     slot: int
     request_id: str
@@ -75,7 +79,7 @@ class Submit(msgspec.Struct, frozen=True, kw_only=True):
     model: str
     priority: int = 0
     step_tokens: int = 0
-    """Above 0 it makes way: prompts like it are computed so many tokens in a step, beside no others."""
+    """Above 0 it makes way: prompts like it are computed so many tokens in a step, and sit out steps of others."""
     traceparent: str = ""
     resumed_token_ids: Sequence[int] = ()
     """Output tokens that another worker made before it was lost: the worker goes on after them."""

@@ -1,6 +1,7 @@
 """What a step may compute, and who sits it out."""
 
 from engine.yielding import Plan, Yielding
+from protos.core.contract import SIT_OUT_STEPS
 
 
 def test_prompts_that_make_way_share_a_few_tokens_of_a_step() -> None:
@@ -19,3 +20,16 @@ def test_others_go_on_where_an_urgent_prompt_did_not() -> None:
     yielding = Yielding(8192)
     plans = [yielding.plan(0, [(3000, 0), (100, 512)]) for _ in range(4)]
     assert [plan.is_urgent for plan in plans] == [True, False, True, False]
+
+
+def test_others_do_not_starve_where_urgent_prompts_come_all_the_time() -> None:
+    yielding = Yielding(8192)
+    plans = [yielding.plan(0, [(100 + number, 0), (100, 512)]) for number in range(2 * SIT_OUT_STEPS + 2)]
+    assert [plan.is_urgent for plan in plans] == 2 * (SIT_OUT_STEPS * [True] + [False])
+    assert plans[SIT_OUT_STEPS] == Plan(512)
+
+
+def test_nobody_sits_out_where_all_are_urgent() -> None:
+    yielding = Yielding(8192)
+    plans = [yielding.plan(0, [(100 + number, 0)]) for number in range(3 * SIT_OUT_STEPS)]
+    assert all(plan.is_urgent for plan in plans)
