@@ -22,8 +22,6 @@ CREDIT = 2048.0
 asked for before was refused: with four times as much, four equal tenants at three times what their engine can carry are
 told wrong about 6% of what was admitted, since others pass; with this 4%, without any 3%.
 """
-
-
 LATELY_NS = 60_000_000_000
 FADES = 4
 """So many times that long, then service of less than a token is forgotten."""
@@ -117,15 +115,16 @@ class ServiceCounters:
         """Weighted tokens."""
         return self._input_weight * input_tokens + self._output_weight * output_tokens
 
-    def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> None:
-        """Add served tokens; negative numbers give back what was predicted and not used."""
+    def charge(self, tenant: str, *, input_tokens: int = 0, output_tokens: int = 0) -> float:
+        """Add served tokens; negative numbers give back what was predicted and not used. Returns what was added."""
         known = self._tenants[tenant]
-        served = self.price(input_tokens, output_tokens)
-        known.counter += served / known.weight
+        served = self.price(input_tokens, output_tokens) / known.weight
+        known.counter += served
         if served < 0 and known.waiting:  # who does not wait is in no ring
             for ring in self._rings:
                 if tenant in ring.entries:
                     ring.enter(tenant)
+        return served
 
 
 class RecentService:

@@ -28,6 +28,7 @@ from protos.core.contract import Load, ModelInfo
 KEPT_SHARE = 8
 """One in so many of a worker's sequences is kept for urgent requests while there is company."""
 NOTHING_KEPT = 1 << 62
+"""In place of that share, where nobody else is expected: more than any worker has."""
 COMPANY_NS = 300_000_000_000
 """So long after somebody came for whom others have to make way, more are expected."""
 TELLING_SHARE = 0.2
@@ -277,7 +278,7 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
-        priority = self._priority_of(ticket, now_ns) if ticket.band else 0
+        priority = self._priority_of(ticket, now_ns)
         takers = [
             worker
             for worker in self._takers(ticket.model, False, priority, ticket.input_tokens, now_ns)
@@ -372,8 +373,7 @@ class Scheduler:
             ticket, worker, now_ns, raw_ns, ticket.output_tokens, route.matched_share
         )
         input_tokens = 0 if ticket.is_paid else ticket.input_tokens
-        self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
-        served = self.counters.price(input_tokens, ticket.output_tokens) / ticket.weight
+        served = self.counters.charge(ticket.tenant, input_tokens=input_tokens, output_tokens=ticket.output_tokens)
         self.recent.charge(ticket.tenant, served, now_ns)
         return Placement(ticket, worker.name, route.cached_tokens, priority, step_tokens)
 

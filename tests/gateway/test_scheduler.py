@@ -274,7 +274,7 @@ def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> No
 def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int | None) -> None:
     scheduler = scheduler_with("w", slots=32, token_target_ns=token_target_ns)
     for number in range(9):
-        scheduler.enqueue(ticket(number, input_tokens=1_500, is_hurried=True))
+        scheduler.enqueue(ticket(number, input_tokens=1_500))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
     assert placed(scheduler.place(0)) == [9, 0, 1], "one in the step that begins, and the next of 2048 tokens is full"
     assert placed(scheduler.place(0)) == []
