@@ -123,7 +123,7 @@ class EngineForecast:
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
         prefill = self._prefills.start(request)
-        if prefill is not None and prefill.answer is not None:
+        if prefill is not None and prefill.answer is not None and prefill.answer.is_exact:
             self._expect_end(request, prefill.answer, self._steps + 1)
 
     def dropped(self, request: int) -> None:

@@ -121,14 +121,16 @@ class FairQueue:
         self._counters.leave(waiting.ticket.tenant)
         return waiting.ticket
 
-    def head(self) -> Ticket | None:
+    def head(self, now_ns: int) -> Ticket | None:
         """The request that is next."""
+        if self._ages and self._ages[0][0] <= now_ns:
+            self._age(now_ns)
         for band in self._ranked:
             if band.lines:
                 return band.head()
         return None
 
-    def age(self, now_ns: int) -> None:
+    def _age(self, now_ns: int) -> None:
         """Lift what has waited long."""
         while self._ages and self._ages[0][0] <= now_ns:
             at_ns, request = heapq.heappop(self._ages)
@@ -234,10 +236,8 @@ class _Band:
         if tenant is None:
             return None
         heap = self.lines[tenant].heap
-        while not self._is_here(heap[0][1]):
+        while True:
+            waiting = self._waiting.get(heap[0][1])
+            if waiting is not None and waiting.band == self._number:
+                return waiting.ticket
             heapq.heappop(heap)
-        return self._waiting[heap[0][1]].ticket
-
-    def _is_here(self, request: int) -> bool:
-        waiting = self._waiting.get(request)
-        return waiting is not None and waiting.band == self._number

@@ -140,7 +140,7 @@ class Scheduler:
         history = self._history(model)
         queue = self._queues.get(model)
         is_urgent = self._is_urgent(band, tenant, input_tokens)
-        priority = 0 if is_urgent else self._priority(band, tenant, now_ns, is_hurried=is_hurried)
+        priority = 0 if is_urgent else self._priority(band, tenant, is_hurried, now_ns)
         is_next = is_urgent or not queue
         is_queued = not is_next or not self._takers(model, is_urgent, priority, input_tokens, now_ns)
         if is_queued:
@@ -152,22 +152,29 @@ class Scheduler:
 
     def _queued_ns(self, model: str, tokens: int, priority: int, ahead: Work, now_ns: int) -> int | None:
         """Time to first token of one that waits, where it would be soonest; each worker has a share of the others."""
-        workers = [worker for worker in self._serving.get(model, ()) if worker.is_open]
-        slots = sum([worker.model.max_sequences for worker in workers])
-        known_ns = []
+        workers, slots = [], 0
+        for worker in self._serving.get(model, ()):
+            if worker.is_open:
+                workers.append(worker)
+                slots += worker.model.max_sequences
+        soonest_ns = None
         for worker in workers:
-            wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, priority, now_ns)
-            if wait_ns is None:
-                continue
             own_ns = worker.forecast.after_step_ns(tokens, priority)
-            if own_ns is not None:
-                known_ns.append(int(wait_ns) + own_ns)
-        return min(known_ns, default=None)
+            if own_ns is None:
+                continue
+            wait_ns = turn.wait_ns(worker, ahead, worker.model.max_sequences / slots, priority, now_ns)
+            if wait_ns is not None and (soonest_ns is None or wait_ns + own_ns < soonest_ns):
+                soonest_ns = int(wait_ns) + own_ns
+        return soonest_ns
 
     def _engine_ns(self, model: str, tokens: int, priority: int, now_ns: int) -> int | None:
         """Time to first token on the worker that would be soonest."""
-        raw_ns = [worker.forecast.raw_ns(tokens, now_ns, priority) for worker in self._serving.get(model, ())]
-        return min((ns for ns in raw_ns if ns is not None), default=None)
+        soonest_ns = None
+        for worker in self._serving.get(model, ()):
+            raw_ns = worker.forecast.raw_ns(tokens, now_ns, priority)
+            if raw_ns is not None and (soonest_ns is None or raw_ns < soonest_ns):
+                soonest_ns = raw_ns
+        return soonest_ns
 
     def _history(self, model: str) -> QueueForecast:
         history = self._forecasts.get(model)
@@ -241,13 +248,11 @@ class Scheduler:
         turns = collections.deque(self._queues if self._queued else ())
         while turns:
             model = turns.popleft()
-            queue = self._queues[model]
-            queue.age(now_ns)
-            ticket = queue.head()
+            ticket = self._queues[model].head(now_ns)
             if ticket is None:
                 continue
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
-            priority = 0 if is_urgent else self._priority_of(ticket, now_ns)
+            priority = 0 if is_urgent else self._priority(ticket.band, ticket.tenant, ticket.is_hurried, now_ns)
             takers = self._takers(model, is_urgent, priority, ticket.input_tokens, now_ns)
             route = self._route(ticket, takers, now_ns) if takers else None
             if route is None:
@@ -278,7 +283,7 @@ class Scheduler:
         """
         if self.waiting(ticket.model):
             return None
-        priority = self._priority_of(ticket, now_ns)
+        priority = self._priority(ticket.band, ticket.tenant, ticket.is_hurried, now_ns)
         takers = [
             worker
             for worker in self._takers(ticket.model, False, priority, ticket.input_tokens, now_ns)
@@ -313,7 +318,7 @@ class Scheduler:
         """
         return band == 0 or (band == 1 and self.counters.is_owed(tenant, input_tokens, output_tokens))
 
-    def _priority(self, band: int, tenant: str, now_ns: int, *, is_hurried: bool) -> int:
+    def _priority(self, band: int, tenant: str, is_hurried: bool, now_ns: int) -> int:
         """For the engine, of a request that is not urgent: 0 is computed whole, others make way for it.
 
         Those of the lower bands do while requests of the first two come, and those of the second where their tenant has
@@ -322,9 +327,6 @@ class Scheduler:
         if band == 1:
             return int(not is_hurried and self.recent.is_loud(tenant))
         return band if now_ns - self._upper_ns < COMPANY_NS else 0
-
-    def _priority_of(self, ticket: Ticket, now_ns: int) -> int:
-        return self._priority(ticket.band, ticket.tenant, now_ns, is_hurried=ticket.is_hurried)
 
     def _takers(self, model: str, is_urgent: bool, priority: int, tokens: int, now_ns: int) -> list[Worker]:
         """Who serves it and has room. Where a request is not urgent, room is kept, and what cannot start soon waits.
@@ -336,13 +338,12 @@ class Scheduler:
         if is_urgent:
             return [worker for worker in workers if worker.room]
         share = KEPT_SHARE if self._has_company(now_ns) else NOTHING_KEPT
-        ready = [
-            worker
-            for worker in workers
-            if not worker.forecast.is_next_full(priority)
-            and worker.room > worker.limit.value // share
-            and worker.keeps_pace(tokens, priority)
-        ]
+        ready = []
+        for worker in workers:
+            if worker.forecast.is_next_full(priority) or worker.room <= worker.limit.value // share:
+                continue
+            if worker.keeps_pace(tokens, priority):
+                ready.append(worker)
         if not ready or self._token_target_ns is not None:
             return ready
         return [worker for worker in workers if worker.room > worker.limit.value // share]

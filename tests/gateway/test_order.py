@@ -10,7 +10,7 @@ def ticket(request: int, *, tenant: str = "t", band: int = 1, arrived_ns: int = 
 
 def drain(queue: FairQueue) -> list[int]:
     order = []
-    while (head := queue.head()) is not None:
+    while (head := queue.head(0)) is not None:
         order.append(queue.remove(head.request).request)
     return order
 
@@ -35,7 +35,7 @@ def test_a_waiting_request_is_lifted_one_band_per_30_seconds_but_never_into_the_
     queue = filled(ticket(1, band=3), ticket(2, band=0, arrived_ns=3 * AGE_NS))
     bands = []
     for now_ns in (0, AGE_NS, 2 * AGE_NS, 9 * AGE_NS):
-        queue.age(now_ns)
+        queue.head(now_ns)
         bands.append(next(band for band, tenant in queue.depths() if band))
     assert bands == [3, 2, 1, 1]
     assert drain(queue) == [2, 1]
@@ -56,7 +56,7 @@ def test_the_tenant_that_was_served_least_is_next() -> None:
         queue.push(ticket(number, tenant="a"))
         queue.push(ticket(10 + number, tenant="b"))
     order = []
-    while (head := queue.head()) is not None:
+    while (head := queue.head(0)) is not None:
         order.append(head.tenant)
         counters.charge(queue.remove(head.request).tenant, output_tokens=30 if head.tenant == "a" else 10)
     assert order == ["a", "b", "b", "b", "a", "b", "a", "a"]
@@ -69,9 +69,9 @@ def test_what_is_given_back_counts_at_once() -> None:
     queue.push(ticket(2, tenant="b"))
     counters.charge("a", output_tokens=100)
     counters.charge("b", output_tokens=50)
-    assert queue.head() == ticket(2, tenant="b")
+    assert queue.head(0) == ticket(2, tenant="b")
     counters.charge("a", output_tokens=-90)
-    assert queue.head() == ticket(1, tenant="a")
+    assert queue.head(0) == ticket(1, tenant="a")
 
 
 def returned(counters: ServiceCounters, *, ahead: int) -> None:
