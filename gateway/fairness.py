@@ -92,7 +92,7 @@ class ServiceCounters:
         if not known.waiting:
             known.mark = self._present_level()
             known.counter = known.lifted(known.mark)
-            self._waiting.add(tenant)
+            self._waiting.enter(tenant)
         known.waiting += 1
 
     def leave(self, tenant: str) -> None:
@@ -177,10 +177,6 @@ class LeastServed:
 
     def __len__(self) -> int:
         return len(self.entries)
-
-    def add(self, tenant: str) -> None:
-        if tenant not in self.entries:
-            self.enter(tenant)
 
     def discard(self, tenant: str) -> None:
         self.entries.pop(tenant, None)

@@ -107,11 +107,12 @@ class FairQueue:
         return iter(list(self._waiting))
 
     def push(self, ticket: Ticket) -> None:
+        band = ticket.band
         charge = self._counters.price(ticket.input_tokens, ticket.output_tokens) / ticket.weight
-        waiting = self._waiting[ticket.request] = _Waiting(ticket, ticket.band, charge)
+        waiting = self._waiting[ticket.request] = _Waiting(ticket, band, charge)
         self._counters.arrive(ticket.tenant, ticket.weight)
-        self._band(ticket.band).push(waiting)
-        if ticket.band > 1:
+        self._band(band).push(waiting)
+        if band > 1:
             heapq.heappush(self._ages, (ticket.arrived_ns + AGE_NS, ticket.request))
 
     def remove(self, request: int) -> Ticket:
@@ -184,10 +185,11 @@ class FairQueue:
         return depths
 
     def _band(self, number: int) -> _Band:
-        if number not in self._bands:
-            self._bands[number] = _Band(number, self._counters.ring(), self._waiting)
+        band = self._bands.get(number)
+        if band is None:
+            band = self._bands[number] = _Band(number, self._counters.ring(), self._waiting)
             self._ranked = [self._bands[number] for number in sorted(self._bands)]
-        return self._bands[number]
+        return band
 
 
 class _Line(Work):
@@ -210,10 +212,11 @@ class _Band:
 
     def push(self, waiting: _Waiting) -> None:
         ticket = waiting.ticket
-        line = self.lines.get(ticket.tenant)
+        tenant = ticket.tenant
+        line = self.lines.get(tenant)
         if line is None:
-            line = self.lines[ticket.tenant] = _Line()
-            self._tenants.add(ticket.tenant)
+            line = self.lines[tenant] = _Line()
+            self._tenants.enter(tenant)
         heapq.heappush(line.heap, (ticket.deadline_ns, ticket.request))
         line.requests += 1
         line.tokens += ticket.input_tokens
