@@ -107,8 +107,8 @@ class ServiceCounters:
 
     def _present_level(self) -> float:
         least = self._waiting.least()
-        if least is not None:
-            self._level = max(self._level, self._tenants[least].counter)
+        if least is not None and (counter := self._tenants[least].counter) > self._level:
+            self._level = counter
         return self._level
 
     def price(self, input_tokens: int, output_tokens: int) -> float:

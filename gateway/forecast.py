@@ -90,6 +90,8 @@ class EngineForecast:
         self._began_ns: int | None = None
         """When the step that runs has begun; None while the worker is idle."""
         self._prefill_steps = 0
+        self.is_known = False
+        """Enough prompts have been seen to say anything."""
         self._running = 0
         """Answers that the running step goes on with."""
         self._steps = 0
@@ -149,6 +151,7 @@ class EngineForecast:
         if tokens is not None:
             self._fit.add(tokens, ran, now_ns - began_ns)
             self._prefill_steps += tokens > 0
+            self.is_known = self._prefill_steps >= WARM
             self._find_most()
         return Step(now_ns - began_ns, tokens != 0)
 
@@ -200,11 +203,6 @@ class EngineForecast:
     def pending_ns(self) -> float:
         """What computing the prompts that wait in the worker adds to its steps; 0 before that is known."""
         return self._fit.slope * self._prefills.unstarted_tokens
-
-    @property
-    def is_known(self) -> bool:
-        """Enough prompts have been seen to say anything."""
-        return self._prefill_steps >= WARM
 
     def is_overdue(self, now_ns: int) -> bool:
         """Should the running step have ended long ago?"""
@@ -346,18 +344,19 @@ class Correction:
         self._safe = _Share(SAFE_SHARE)
         self._sure = _Share(SURE_SHARE)
         self._factors = (1.0, 1.0, 1.0)
-        """Of what to expect, what is safe and what is sure."""
+        """Of what to expect, what is safe and what is sure, which is no less."""
 
     def apply(self, raw_ns: int, *, is_queued: bool) -> Forecast:
         expected, safe, sure = self._factors
-        return Forecast(raw_ns, int(raw_ns * expected), int(raw_ns * safe), int(raw_ns * max(safe, sure)), is_queued)
+        return Forecast(raw_ns, int(raw_ns * expected), int(raw_ns * safe), int(raw_ns * sure), is_queued)
 
     def learn(self, forecast: Forecast, actual_ns: int) -> None:
         self._ratios.add(actual_ns / forecast.raw_ns)
         self._safe.learn(is_under=actual_ns <= forecast.safe_ns)
         self._sure.learn(is_under=actual_ns <= forecast.sure_ns)
         quantile = self._ratios.quantile
-        self._factors = quantile(0.5), quantile(self._safe.value), quantile(self._sure.value)
+        safe = quantile(self._safe.value)
+        self._factors = quantile(0.5), safe, max(safe, quantile(self._sure.value))
 
 
 class _Share:

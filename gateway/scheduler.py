@@ -300,11 +300,12 @@ class Scheduler:
     def _note_company(self, ticket: Ticket) -> None:
         if ticket.is_paid:
             return  # a retry is nobody new
-        if ticket.band == 0 or self._last_tenant not in (None, ticket.tenant):
+        band, tenant, last = ticket.band, ticket.tenant, self._last_tenant
+        if band == 0 or (tenant != last and last is not None):
             self._company_ns = ticket.arrived_ns
-        if ticket.band <= 1:
+        if band <= 1:
             self._upper_ns = ticket.arrived_ns
-        self._last_tenant = ticket.tenant
+        self._last_tenant = tenant
 
     def _has_company(self, now_ns: int) -> bool:
         """May requests come for which others have to make way? One tenant alone has its workers for itself."""
