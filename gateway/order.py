@@ -149,31 +149,29 @@ class FairQueue:
 
         A tenant's requests pass until its counter has come to where this tenant's will be when its own are placed.
         """
-        total = Work()
-        for number, higher in self._bands.items():
-            if number < band:
-                for line in higher.lines.values():
-                    total.requests += line.requests
-                    total.tokens += line.tokens
-                    total.output_tokens += line.output_tokens
-        if band in self._bands:
-            self._add_passing(total, self._bands[band].lines, tenant)
-        return total
+        requests = tokens = output_tokens = 0.0
+        for number, one in self._bands.items():
+            if number > band or not one.lines:
+                continue
+            is_passed = number < band
+            turn = 0.0 if is_passed else self._turn(one.lines, tenant)
+            for name, line in one.lines.items():
+                passing = line.charge if is_passed or name == tenant else turn - self._counters.counter(name)
+                if passing >= line.charge:
+                    requests += line.requests
+                    tokens += line.tokens
+                    output_tokens += line.output_tokens
+                elif passing > 0:
+                    share = passing / line.charge
+                    requests += share * line.requests
+                    tokens += share * line.tokens
+                    output_tokens += share * line.output_tokens
+        return Work(requests, tokens, output_tokens)
 
-    def _add_passing(self, total: Work, lines: dict[str, _Line], tenant: str) -> None:
-        counters, mine = self._counters, lines.get(tenant)
-        turn = counters.level(tenant) + (mine.charge if mine is not None else 0.0)
-        for name, line in lines.items():
-            passing = turn - counters.counter(name) if line is not mine else line.charge
-            if passing >= line.charge:
-                total.requests += line.requests
-                total.tokens += line.tokens
-                total.output_tokens += line.output_tokens
-            elif passing > 0:
-                share = passing / line.charge
-                total.requests += share * line.requests
-                total.tokens += share * line.tokens
-                total.output_tokens += share * line.output_tokens
+    def _turn(self, lines: dict[str, _Line], tenant: str) -> float:
+        """Where the tenant's counter will be when its own requests are placed."""
+        mine = lines.get(tenant)
+        return self._counters.level(tenant) + (mine.charge if mine is not None else 0.0)
 
     def depths(self) -> dict[tuple[int, str], tuple[int, int]]:
         """(band, tenant) to (requests, arrival of the oldest)."""
