@@ -127,7 +127,7 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
         matched_share = worker.matched_share(ticket)
         cached_tokens = int(ticket.input_tokens * matched_share * worker.prefixes.trust)
         uncached = ticket.input_tokens - cached_tokens + 1
-        cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.forecast.unstarted_tokens
+        cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.unstarted_tokens
         # A worker with more slots is a faster one, as far as anybody here knows.
         distance = 0 if ticket.session is None else _distance(ticket, worker)
         rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), distance)
