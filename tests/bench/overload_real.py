@@ -2,10 +2,11 @@
 
 Both servers get the same model, the same engine settings and the same arrivals, one server after the other, at the
 priority that they start with; the client goes before them. Points are kept in `overload.RESULTS` as they are made, so
-that a sweep may take several commands:
+that a sweep may take several commands. A shared machine drifts by a third within minutes: with `--rounds` the loads
+take turns, in one direction and back, and each point is of all its turns.
 
     python -m tests.bench.overload --real --path direct --capacity --loads 0.5,1     # finds the capacity first
-    python -m tests.bench.overload --real --path gateway --loads 0.5,1,2,3
+    python -m tests.bench.overload --real --path gateway --loads 0.5,1,2,3 --rounds 2
 """
 
 from __future__ import annotations
@@ -203,25 +204,31 @@ class GatewayServer:
 
 
 def measure(
-    server: GatewayServer | VllmServer, path: Path_, sweep: Sweep, loads: Sequence[float], seconds: float, seed: int
+    port: int, path: Path_, sweep: Sweep, loads: Sequence[float], seconds: float, rounds: int, seed: int
 ) -> None:
-    uvloop.run(drive(server.port, requests(sweep.capacity, WARM_UP_S, seed=WARM_UP_SEED)))
-    for load in loads:
-        rate = load * sweep.capacity
-        sent = requests(rate, seconds, seed)
-        seen = uvloop.run(drive(server.port, sent))
-        outcomes = [outcome(request, one) for request, one in zip(sent, seen, strict=True)]
-        point = overload.measure(outcomes, kind="real", path=path, load=load, rate=rate, seconds=seconds)
-        sweep.points = [old for old in sweep.points if (old.path, old.load) != (path, load)] + [point]
-        overload.keep(sweep)
-        report.console.print(f"  {path} {load:g}x: {msgspec.json.encode(point).decode()}")
-        time.sleep(SETTLE_S)
+    uvloop.run(drive(port, requests(sweep.capacity, WARM_UP_S, seed=WARM_UP_SEED)))
+    outcomes: dict[float, list[Outcome]] = {load: [] for load in loads}
+    for number in range(rounds):
+        for load in loads if number % 2 == 0 else reversed(loads):
+            rate = load * sweep.capacity
+            sent = requests(rate, seconds, seed + number)
+            seen = uvloop.run(drive(port, sent))
+            latest = [outcome(request, one) for request, one in zip(sent, seen, strict=True)]
+            outcomes[load] += latest
+            sent_s = (number + 1) * seconds
+            point = overload.measure(outcomes[load], kind="real", path=path, load=load, rate=rate, seconds=sent_s)
+            sweep.points = [old for old in sweep.points if (old.path, old.load) != (path, load)] + [point]
+            overload.keep(sweep)
+            goodput = sum(one.is_good for one in latest) / seconds
+            report.console.print(f"  {path} {load:g}x, round {number + 1}: {goodput:.2f} requests/s in time")
+            time.sleep(SETTLE_S)
 
 
 def main(arguments: Sequence[str], loads: Sequence[float], seed: int) -> int:
     parser = argparse.ArgumentParser(prog="tests.bench.overload --real")
     parser.add_argument("--path", choices=("gateway", "direct"), required=True)
-    parser.add_argument("--real-seconds", type=float, default=35.0, help="of arrivals per load")
+    parser.add_argument("--real-seconds", type=float, default=35.0, help="of arrivals per load and round")
+    parser.add_argument("--rounds", type=int, default=1, help="how often each load has its turn")
     parser.add_argument("--capacity", action="store_true", help="find the capacity first, and begin a new sweep")
     options = parser.parse_args(arguments)
     sweep = overload.load_sweeps().get("real")
@@ -244,7 +251,7 @@ def main(arguments: Sequence[str], loads: Sequence[float], seed: int) -> int:
                 sweep = Sweep("real", about, slo, uvloop.run(flood(server.port, seed)))
                 report.console.print(f"capacity {sweep.capacity:.2f} requests/s")
             assert sweep is not None
-            measure(server, options.path, sweep, loads, options.real_seconds, seed)
+            measure(server.port, options.path, sweep, loads, options.real_seconds, options.rounds, seed)
         finally:
             server.close()
     overload.print_sweep(sweep)
