@@ -137,12 +137,10 @@ class RecentService:
     def __init__(self) -> None:
         self._served: dict[str, float] = {}
         self._total = 0.0
-        self._since_ns: int | None = None
+        self._since_ns = 0
 
     def charge(self, tenant: str, served: float, now_ns: int) -> None:
         """Weighted tokens over weight."""
-        if self._since_ns is None:
-            self._since_ns = now_ns
         if now_ns - self._since_ns > FADES * LATELY_NS:
             self._fade(now_ns)
         served *= math.exp((now_ns - self._since_ns) / LATELY_NS)
@@ -154,7 +152,6 @@ class RecentService:
         return self._served.get(tenant, 0.0) * len(self._served) > LOUD_SHARE * self._total
 
     def _fade(self, now_ns: int) -> None:
-        assert self._since_ns is not None
         keep = math.exp((self._since_ns - now_ns) / LATELY_NS)
         self._since_ns = now_ns
         self._served = {name: keep * served for name, served in self._served.items() if keep * served >= 1}

@@ -118,7 +118,7 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
     there is no other. Among equals the session's own worker is taken, so that its turns stay together.
     """
     best: tuple[bool, float, int] | None = None
-    chosen: tuple[Worker, float, int] | None = None
+    chosen: Route | None = None
     for worker in workers:
         room, batch = worker.room, worker.held.sequences
         slots = worker.model.max_sequences
@@ -132,8 +132,8 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
         distance = 0 if ticket.session is None else _distance(ticket, worker)
         rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), distance)
         if best is None or rank < best:
-            best, chosen = rank, (worker, matched_share, cached_tokens)
-    return Route(*chosen) if chosen is not None else None
+            best, chosen = rank, Route(worker, matched_share, cached_tokens)
+    return chosen
 
 
 def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
