@@ -9,7 +9,8 @@ too, so that a long one is in more steps than it waits for without.) How many to
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
+from typing import NamedTuple
 
 import msgspec
 
@@ -25,29 +26,45 @@ class Plan(msgspec.Struct, frozen=True):
     """Unfinished prompts that make way sit this step out."""
 
 
+class Prompt(NamedTuple):
+    """One that is not computed to its end."""
+
+    key: Hashable
+    """Of its request."""
+    tokens: int
+    """That are left to compute."""
+    step_tokens: int
+    """`Submit.step_tokens`."""
+
+
 class Yielding:
     """One engine's; asked before each step."""
 
     def __init__(self, batch_tokens: int) -> None:
         """`batch_tokens` is the most of any step."""
         self._batch_tokens = batch_tokens
-        self._urgent_before = 0
+        self._urgent: dict[Hashable, int] = {}
+        """The tokens that urgent prompts had left before the last step, where it was theirs."""
         self._sat_out = 0
         """Steps in a row."""
 
-    def plan(self, decode_tokens: int, prompts: Iterable[tuple[int, int]]) -> Plan:
-        """For a step before which prompts have so many tokens left to compute, and `Submit.step_tokens`.
+    def plan(self, decode_tokens: int, prompts: Iterable[Prompt]) -> Plan:
+        """For a step before which so many tokens of answers and these prompts are there to be computed.
 
-        Where none of the urgent ones were computed in the step before, the others may hold the KV blocks that one of
+        Where none of the urgent ones got further in the step before, the others may hold the KV blocks that one of
         them needs: they go on, so that they come to their end. So they do after `SIT_OUT_STEPS`, or they would starve.
         """
-        urgent_tokens = most = 0
-        for tokens, step_tokens in prompts:
-            most = max(most, step_tokens)
-            urgent_tokens += tokens if not step_tokens else 0
+        urgent, most = {}, 0
+        for key, tokens, step_tokens in prompts:
+            if step_tokens:
+                most = max(most, step_tokens)
+            elif tokens:
+                urgent[key] = tokens
+        is_held_up = bool(self._urgent) and self._urgent.items() <= urgent.items()
         may_sit_out = not most or self._sat_out < SIT_OUT_STEPS
-        is_urgent = 0 < urgent_tokens != self._urgent_before and may_sit_out
-        self._urgent_before = urgent_tokens if is_urgent else 0
+        is_urgent = bool(urgent) and not is_held_up and may_sit_out
+        self._urgent = urgent if is_urgent else {}
         if most:
             self._sat_out = self._sat_out + 1 if is_urgent else 0
-        return Plan(min(self._batch_tokens, decode_tokens + (urgent_tokens if is_urgent else most)), is_urgent)
+        budget = decode_tokens + (sum(urgent.values()) if is_urgent else most)
+        return Plan(min(self._batch_tokens, budget), is_urgent)

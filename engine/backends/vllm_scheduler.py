@@ -12,7 +12,7 @@ from typing import Any
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 from vllm.v1.core.sched.scheduler import Scheduler
 
-from engine.yielding import STEP_TOKENS, Yielding
+from engine.yielding import STEP_TOKENS, Prompt, Yielding
 
 
 class MakesWay:
@@ -43,7 +43,9 @@ class MakesWay:
             return []
         prompts = [request for request in self.running if request.is_prefill_chunk]
         waiting = itertools.chain(self.waiting, self.kv_holding_waiting)  # type: ignore[attr-defined]
-        unfinished = ((_next_tokens(one), step_tokens(one)) for one in itertools.chain(prompts, waiting))
+        unfinished = (
+            Prompt(one.request_id, _next_tokens(one), step_tokens(one)) for one in itertools.chain(prompts, waiting)
+        )
         decodes = (request for request in self.running if not request.is_prefill_chunk)
         plan = self._yielding.plan(sum(map(_next_tokens, decodes)), unfinished)
         self.max_num_scheduled_tokens = plan.budget_tokens

@@ -22,7 +22,7 @@ import msgspec
 
 from engine.sim.kv_cache import KvCache
 from engine.sim.parameters import SimParameters, Work
-from engine.yielding import Yielding
+from engine.yielding import Prompt, Yielding
 
 T = TypeVar("T")
 
@@ -210,7 +210,7 @@ class Simulator(Generic[T]):
             return self._limits.max_batch_tokens, []
         prompts = [sequence for sequence in self._running if sequence.uncomputed > 1 or not sequence.generated]
         waiting = (sequence for _, sequence in self._waiting if not sequence.is_over)
-        unfinished = ((one.uncomputed, one.step_tokens) for one in itertools.chain(prompts, waiting))
+        unfinished = (Prompt(one, one.uncomputed, one.step_tokens) for one in itertools.chain(prompts, waiting))
         plan = self._yielding.plan(len(self._running) - len(prompts), unfinished)
         sitting_out = [sequence for sequence in prompts if plan.is_urgent and sequence.step_tokens]
         if sitting_out:
