@@ -45,7 +45,7 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     in the version that Tidegate installs: false leaves it as it is."""
 
     dtype: str = "auto"
-    """"auto" is the model's own, except on a CPU that computes bf16 only by emulation: float32 there."""
+    """"auto" is the model's own, but on a CPU float32 for the default model, and where bf16 is emulated."""
     quantization: str | None = None
     tensor_parallel_size: Positive = 1
     enforce_eager: bool | None = None

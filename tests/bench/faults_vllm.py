@@ -1,8 +1,9 @@
 """`python -m tests.bench.faults_vllm`: a greedy answer of real vLLM is the same when its worker is lost in the middle.
 
-Two workers with SmolLM2-135M-Instruct behind a gateway whose tenant resumes. The prompts are asked once undisturbed,
-then again while the busier worker is killed (SIGKILL), or its engine suspended (SIGSTOP). Exit status 1 where a text or
-a usage differs, or nothing was resumed.
+Two workers with SmolLM2-135M-Instruct behind a gateway whose tenant resumes, in float32: bfloat16 rounds by what else
+is computed, with a fault or without. The prompts are asked once undisturbed, then again while the busier worker is
+killed (SIGKILL), or its engine suspended (SIGSTOP). Exit status 1 where a text or a usage differs, or nothing was
+resumed.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from tests.gateway.processes import GatewayProcess, Process, http_request, wait_
 WORKERS = 2
 LOADING_SECONDS = 300.0
 FAULT_AFTER_SECONDS = 3.0
-ENGINE = "[engine]\nmax_model_len = 1024\nmax_num_seqs = 8\nkv_cache_gib = 0.3\n"
+ENGINE = "[engine]\ndtype = 'float32'\nmax_model_len = 1024\nmax_num_seqs = 8\nkv_cache_gib = 0.3\n"
 MODEL = "SmolLM2-135M-Instruct"
 PROMPTS = (
     "Tell me about the sea.",

@@ -24,6 +24,7 @@ REQUIRE_VLLM = os.environ.get("TIDEGATE_REQUIRE_VLLM") == "1"
 STEP_LOG = "steps.jsonl"
 ADAPTER = "ebb"
 SETTINGS = f"""
+dtype = "float32"
 max_model_len = {CONTEXT_TOKENS}
 max_num_seqs = 16
 max_num_batched_tokens = 512
@@ -32,6 +33,7 @@ kv_cache_gib = 0.5
 [engine.sim]
 step_ms = 2
 """
+"""float32: greedy answers are compared, and bfloat16 rounds by what else is in the batch."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
