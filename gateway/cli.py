@@ -11,6 +11,9 @@ import typer
 
 from protos.core import settings as settings_loader
 
+SPELLED = {"workers": "--worker", "tracing.otlp_endpoint": "--otlp-endpoint"}
+"""Flags that are not called as their key."""
+
 key_app = typer.Typer(help="API keys of tenants.", no_args_is_help=True)
 
 
@@ -48,7 +51,9 @@ def gateway(
     }
 
     def read() -> GatewaySettings:
-        return settings_loader.load(GatewaySettings, "gateway", file=config, environ=os.environ, flags=flags)
+        return settings_loader.load(
+            GatewaySettings, "gateway", file=config, environ=os.environ, flags=flags, spelled=SPELLED
+        )
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.getLogger("uvicorn").setLevel(logging.WARNING)

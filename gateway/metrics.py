@@ -71,7 +71,7 @@ class Metrics:
             "tidegate_tenant_requests", "Settled requests", "tenant", "priority", "outcome"
         )
         self._tenant_tokens = self._count("tidegate_tenant_tokens", "Tokens", "tenant", "kind")
-        self._tenant_names = TenantNames()
+        self.tenant_names = TenantNames()
         self._retries = self._count("tidegate_retries", "Attempts after the first, without hedges", "model")
         self._resumes = self._count("tidegate_resumes", "Of these, the ones that went on with an answer", "model")
         self._hedges = self._count("tidegate_hedges", "Requests sent to a second worker beside the first", "model")
@@ -89,7 +89,7 @@ class Metrics:
         """Count one settled request."""
         model, endpoint, outcome = record.model, record.endpoint, record.outcome.value
         self._requests.add((endpoint, model, outcome, str(record.status), record.reject_reason or ""))
-        tenant = self._tenant_names.label(record.tenant)
+        tenant = self.tenant_names.label(record.tenant)
         self._tenant_requests.add((tenant, record.priority, outcome))
         self._tenant_tokens.add((tenant, "prompt"), record.prompt_tokens or 0)
         self._tenant_tokens.add((tenant, "output"), record.output_tokens)
@@ -127,7 +127,10 @@ class Metrics:
 
 
 class TenantNames:
-    """Tenants as labels: the first MAX_TENANTS by name, all later ones together, so that label sets stay bounded."""
+    """Tenants as labels: the first MAX_TENANTS by name, all later ones together, so that label sets stay bounded.
+
+    One per gateway: a tenant has one name in all metrics.
+    """
 
     def __init__(self) -> None:
         self._names: set[str] = set()
@@ -145,14 +148,20 @@ class StateCollector(Collector):
     """What is true now: queue, leases, workers, capture."""
 
     def __init__(
-        self, scheduler: Scheduler, fleet: Fleet, capture: JournalSource, traces: TraceSource, clock: Clock
+        self,
+        scheduler: Scheduler,
+        fleet: Fleet,
+        capture: JournalSource,
+        traces: TraceSource,
+        clock: Clock,
+        tenant_names: TenantNames,
     ) -> None:
         self._scheduler = scheduler
         self._fleet = fleet
         self._clock = clock
         self._capture = capture
         self._traces = traces
-        self._tenant_names = TenantNames()
+        self._tenant_names = tenant_names
 
     def collect(self) -> Iterator[Metric]:
         scheduler = self._scheduler

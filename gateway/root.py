@@ -89,7 +89,9 @@ async def _serve(
     scheduler = Scheduler(None if token_s is None else int(token_s * 1e9))
     fleet = Fleet(settings.workers, gateway=settings.name, version=version, clock=SYSTEM_CLOCK, scheduler=scheduler)
     metrics.registry.register(
-        StateCollector(scheduler, fleet, recorder.capture_stats, recorder.trace_counts, SYSTEM_CLOCK)
+        StateCollector(
+            scheduler, fleet, recorder.capture_stats, recorder.trace_counts, SYSTEM_CLOCK, metrics.tenant_names
+        )
     )
     async with asyncio.TaskGroup() as tasks:
         pipeline = Pipeline(

@@ -1,7 +1,8 @@
 """Settings: one frozen Struct per process, from TOML, environment and flags in that order; the last one wins.
 
 `[gateway] port` of the file, `TIDEGATE__GATEWAY__PORT` of the environment and `--port` of the command line are one key.
-(Two underscores: Kubernetes itself sets TIDEGATE_GATEWAY_PORT for a service called tidegate-gateway.)
+(Two underscores: Kubernetes itself sets TIDEGATE_GATEWAY_PORT for a service called tidegate-gateway.) Arrays are
+written in the environment as in the file.
 """
 
 from __future__ import annotations
@@ -39,13 +40,14 @@ def load(
     file: Path | None,
     environ: Mapping[str, str],
     flags: Mapping[str, Any],
+    spelled: Mapping[str, str] | None = None,
     profile: Path | None = None,
 ) -> T:
     """Parse the settings of one process.
 
     `profile` is a file of ready-made values that `file` may override. `flags` holds what the command line gave, with
-    dots for nested keys ("capture.level"); None means "not given". Raises ConfigError with the origin, the key and the
-    allowed values.
+    dots for nested keys ("capture.level"); None means "not given". `spelled` has those flags that are not called as
+    their key. Raises ConfigError with the origin, the key and the allowed values.
     """
     values: dict[str, Any] = {}
     origins: dict[str, str] = {}
@@ -53,12 +55,12 @@ def load(
         if source is not None:
             _merge(values, _read_section(source, section), origins, str(source))
     for path, text in _from_environment(kind, section, environ).items():
-        _assign(values, path, text)
+        _assign(values, path, _array(text))
         origins[path] = f"environment variable {_variable(section, path)}"
     for path, value in flags.items():
         if value is not None:
             _assign(values, path, value)
-            origins[path] = "flag --" + path.replace(".", "-").replace("_", "-")
+            origins[path] = f"flag {(spelled or {}).get(path) or '--' + re.sub('[._]', '-', path)}"
     _check_keys(kind, values, (), origins, section)
     try:
         return msgspec.convert(values, kind, strict=False)
@@ -96,6 +98,16 @@ def _from_environment(kind: type[msgspec.Struct], section: str, environ: Mapping
         for name, text in environ.items()
         if name.startswith(prefix)
     }
+
+
+def _array(text: str) -> Any:
+    """What the text is in TOML if that is an array; else the text, which need not be TOML: "[::1]" is an address."""
+    if not text.startswith("["):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except (ValueError, RecursionError):
+        return text
 
 
 def _variable(section: str, path: str) -> str:
@@ -180,6 +192,8 @@ def _explain(message: str, section: str, origins: Mapping[str, str], at: tuple[s
     assert match is not None
     path = ".".join((*at, *filter(None, [match["path"]])))
     what = match["what"].replace("`", "")
+    if what == "Expected array, got str":
+        what += '; write ["one", "two"]'
     return f"{origins.get(_plain(path), 'settings')}: {section}.{path or '?'}: {what[0].lower()}{what[1:]}"
 
 

@@ -161,8 +161,10 @@ def metric_names() -> set[str]:
     """Every series name that a gateway with a capture serves."""
     nothing = SimpleNamespace(queued=0, queued_bytes=0, ledger=(), sessions={}, depths=list)
     capture = JournalStats(written=0, dropped=0, queued=0, last_error=None)
-    state = StateCollector(nothing, nothing, lambda: capture, lambda: (0, 0), SYSTEM_CLOCK)  # type: ignore[arg-type]
-    families = [*Metrics().registry.collect(), *state.collect()]
+    metrics = Metrics()
+    pipes = (lambda: capture, lambda: (0, 0))
+    state = StateCollector(nothing, nothing, *pipes, SYSTEM_CLOCK, metrics.tenant_names)  # type: ignore[arg-type]
+    families = [*metrics.registry.collect(), *state.collect()]
     return {family.name + suffix for family in families for suffix in SUFFIXES.get(family.type, ())}
 
 

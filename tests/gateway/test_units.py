@@ -15,7 +15,7 @@ from gateway import admission
 from gateway.calls import Call, parse_chat
 from gateway.fleet import Fleet
 from gateway.identity import identify, new_id
-from gateway.metrics import Metrics, StateCollector
+from gateway.metrics import MAX_TENANTS, Metrics, StateCollector
 from gateway.offset import ClockOffset
 from gateway.order import Ticket
 from gateway.outlet import Outlet
@@ -379,8 +379,9 @@ def test_state_is_read_at_scrape_time() -> None:
 
     async def scrape() -> dict[str, float]:
         fleet = Fleet(["h:1"], gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=scheduler)
+        stats = JournalStats(5, 2, 0, None)
         metrics.registry.register(
-            StateCollector(scheduler, fleet, lambda: JournalStats(5, 2, 0, None), lambda: (3, 1), SYSTEM_CLOCK)
+            StateCollector(scheduler, fleet, lambda: stats, lambda: (3, 1), SYSTEM_CLOCK, metrics.tenant_names)
         )
         return samples(metrics)
 
@@ -390,3 +391,20 @@ def test_state_is_read_at_scrape_time() -> None:
     assert found["tidegate_capture_dropped_total"] == 2
     assert found["tidegate_traces_dropped_total"] == 1
     assert found["tidegate_leases"] == found["tidegate_queue_requests"] == 0
+
+
+def test_tenant_beyond_the_bound_is_called_other_in_every_metric() -> None:
+    metrics, scheduler = Metrics(), Scheduler()
+    for number in range(MAX_TENANTS):
+        metrics.observe(record(tenant=f"tenant-{number}"))
+    scheduler.enqueue(Ticket(request=1, model="m", tenant="late", deadline_ns=1))
+
+    async def scrape() -> dict[str, float]:
+        fleet = Fleet(["h:1"], gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=scheduler)
+        metrics.registry.register(
+            StateCollector(scheduler, fleet, lambda: None, lambda: (0, 0), SYSTEM_CLOCK, metrics.tenant_names)
+        )
+        return samples(metrics)
+
+    queued = [name for name in asyncio.run(scrape()) if name.startswith("tidegate_queue_depth")]
+    assert queued == ["tidegate_queue_depth band=1 model=m tenant=other"]

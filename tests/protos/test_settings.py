@@ -54,6 +54,20 @@ def test_nested_key_has_one_name_in_all_sources(tmp_path: Path) -> None:
     assert load_example(tmp_path, **{"capture.level": "full"}).capture.level == "full"
 
 
+def test_array_of_the_environment_is_written_as_in_the_file(tmp_path: Path) -> None:
+    environ = {"TIDEGATE__GATEWAY__WORKERS": '["one:1", "[::1]:2"]', "TIDEGATE__GATEWAY__HOST": "[::1]"}
+    found = load_example(tmp_path, '[gateway]\nworkers = ["three:3"]\n', environ)
+    assert (found.workers, found.host) == (("one:1", "[::1]:2"), "[::1]")
+
+
+def test_error_names_a_flag_as_it_is_written() -> None:
+    flags, spelled = {"port": "x", "capture.level": "none"}, {"capture.level": "--level"}
+    with pytest.raises(ConfigError, match=r"^flag --port: gateway\.port: expected int"):
+        load(Example, "gateway", file=None, environ={}, flags={"port": "x"}, spelled=spelled)
+    with pytest.raises(ConfigError, match=r"^flag --level: gateway\.capture\.level: invalid enum"):
+        load(Example, "gateway", file=None, environ={}, flags=flags | {"port": 1}, spelled=spelled)
+
+
 def test_profile_loses_against_the_file(tmp_path: Path) -> None:
     profile, file = tmp_path / "profile.toml", tmp_path / "file.toml"
     profile.write_text('[gateway]\nport = 1\nhost = "profile"\n')
@@ -77,6 +91,7 @@ def test_service_links_of_kubernetes_are_ignored(tmp_path: Path) -> None:
         ("[gateway.named.a]\n[gateway.named.b]\nlimit = 'x'\n", "toml: gateway.named.b.limit: expected int | null"),
         ("[[gateway.listed]]\nlimit = 'x'\n", "toml: gateway.listed[0].limit: expected int | null"),
         ("[gateway.named]\na = 1\n", "toml: gateway.named[...]: expected object, got int"),
+        ("[gateway]\nworkers = 'a'\n", """gateway.workers: expected array, got str; write ["one", "two"]"""),
         ("[gatewya]\n", "unknown section [gatewya]; did you mean 'gateway'?"),
         ('[gateway]\nport = "many"\n', "tidegate.toml: gateway.port: expected int, got str"),
         ('[gateway.capture]\nlevel = "all"\n', "tidegate.toml: gateway.capture.level: invalid enum value 'all'"),
