@@ -11,6 +11,7 @@ from litestar.exceptions import HTTPException, MethodNotAllowedException, NotFou
 from litestar.handlers import ASGIRouteHandler, HTTPRouteHandler, asgi
 from litestar.params import FromPath
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
 from prometheus_client.registry import CollectorRegistry
 
 from gateway.admission import unknown_model
@@ -86,10 +87,15 @@ def operator_app(
     """Metrics, state, workers and the probes."""
 
     @_get("/metrics")
-    def metrics() -> Response[bytes]:
+    def metrics(request: Request[Any, Any, Any]) -> Response[bytes]:
         recorder.flush()
+        # prometheus_client's own choose_encoder raises TypeError for versions that are none.
+        encode: Callable[[CollectorRegistry], bytes] = generate_latest
+        content_type = CONTENT_TYPE_LATEST
+        if "application/openmetrics-text" in request.headers.get("accept", ""):
+            encode, content_type = openmetrics.generate_latest, openmetrics.CONTENT_TYPE_LATEST
         # Not as media_type, to which litestar adds a second charset: parsers may refuse what has two.
-        return Response(generate_latest(registry), headers={"content-type": CONTENT_TYPE_LATEST})
+        return Response(encode(registry), headers={"content-type": content_type})
 
     @_get("/admin/state")
     def state() -> dict[str, Any]:

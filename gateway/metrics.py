@@ -1,7 +1,7 @@
 """Prometheus metrics: a view of settled records and of the scheduler's and the workers' state at scrape time.
 
-Histograms hold every request, not a sample. Labels are bounded: models are those that workers serve, endpoints are
-routes.
+Histograms hold every request, not a sample; their exemplars are requests whose traces were kept. Labels are bounded:
+models are those that workers serve, endpoints are routes.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from gateway.fleet import Fleet
-from gateway.instruments import Count, Distribution
+from gateway.instruments import Count, Distribution, Trace
 from gateway.scheduler import Scheduler
 from protos.core.clock import Clock
 from protos.core.contract import Load
@@ -85,8 +85,9 @@ class Metrics:
         self._unattributed = self._count("tidegate_unattributed_seconds", "Request time that no phase explains")
         self._backpressure = self._count("tidegate_backpressure_seconds", "Time in which clients' sockets took nothing")
 
-    def observe(self, record: RequestRecord) -> None:
-        """Count one settled request."""
+    def observe(self, record: RequestRecord, *, is_traced: bool = False) -> None:
+        """Count one settled request. Where its trace is kept, the histograms point at it."""
+        trace = Trace(record.trace_id, (record.arrived_unix_ns + record.total_ns) / 1e9) if is_traced else None
         model, endpoint, outcome = record.model, record.endpoint, record.outcome.value
         self._requests.add((endpoint, model, outcome, str(record.status), record.reject_reason or ""))
         tenant = self.tenant_names.label(record.tenant)
@@ -94,7 +95,7 @@ class Metrics:
         self._tenant_tokens.add((tenant, "prompt"), record.prompt_tokens or 0)
         self._tenant_tokens.add((tenant, "output"), record.output_tokens)
         for name, value_ns in record.phases.present():
-            self._phase.observe((name,), value_ns / 1e9)
+            self._phase.observe((name,), value_ns / 1e9, trace)
         if record.unattributed_ns:
             self._unattributed.add((), record.unattributed_ns / 1e9)
         if record.backpressure_ns:
@@ -102,7 +103,7 @@ class Metrics:
         if not model:
             return  # refused before it was known what it wanted
         of_request = (endpoint, model)
-        self._total.observe(of_request, record.total_ns / 1e9)
+        self._total.observe(of_request, record.total_ns / 1e9, trace)
         self._tokens.add((model, "prompt"), record.prompt_tokens or 0)
         self._tokens.add((model, "cached"), record.cached_tokens or 0)
         self._tokens.add((model, "expected_cached"), record.expected_cached_tokens or 0)
@@ -115,9 +116,9 @@ class Metrics:
             self._resumes.add((model,), sum(before.output_tokens > 0 for before in record.attempts[:-1]))
         first_ns, last_ns = record.first_token_at_ns, record.last_token_at_ns
         if first_ns is not None:
-            self._ttft.observe(of_request, first_ns / 1e9)
+            self._ttft.observe(of_request, first_ns / 1e9, trace)
             if last_ns is not None and record.output_tokens > 1:
-                self._tpot.observe(of_request, (last_ns - first_ns) / 1e9 / (record.output_tokens - 1))
+                self._tpot.observe(of_request, (last_ns - first_ns) / 1e9 / (record.output_tokens - 1), trace)
 
     def _count(self, name: str, text: str, *labels: str) -> Count:
         return Count(name, text, labels, self.registry)

@@ -45,7 +45,7 @@ class Operation(msgspec.Struct, frozen=True, kw_only=True):
     path: str
     summary: str
     answers: dict[int, Any]
-    media_type: str = JSON
+    media_types: tuple[str, ...] = (JSON,)
     body: Any = None
     event: Any = None
     """Of the answer as a stream."""
@@ -143,7 +143,12 @@ PUBLIC = (
     *PROBES,
 )
 OPERATOR = (
-    Operation(path="/metrics", summary="Prometheus metrics.", answers={200: None}, media_type="text/plain"),
+    Operation(
+        path="/metrics",
+        summary="Prometheus metrics; as OpenMetrics, with exemplars, for those who accept it.",
+        answers={200: None},
+        media_types=("text/plain", "application/openmetrics-text"),
+    ),
     Operation(path="/admin/state", summary="Queue, workers, tenants, capture.", answers={200: dict[str, Any]}),
     Operation(path="/admin/workers", summary="The workers.", answers={200: list[shapes.WorkerState]}),
     Operation(
@@ -224,7 +229,8 @@ def _operation(operation: Operation) -> Json:
 
 
 def _answer(operation: Operation, status: int, kind: Any) -> Json:
-    content: Json = {operation.media_type: {"schema": TEXT if kind is None else _schema(kind)}}
+    schema = TEXT if kind is None else _schema(kind)
+    content: Json = {media_type: {"schema": schema} for media_type in operation.media_types}
     if operation.event is not None:
         content[EVENTS] = {"schema": _events(operation.event)}
     answer: Json = {"description": "As asked." if status < 400 else "Not now.", "content": content}

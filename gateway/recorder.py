@@ -48,9 +48,8 @@ class Recorder:
 
     def _record(self, exchange: Exchange) -> None:
         record = exchange.record()
-        self._metrics.observe(record)
-        if self._traces is not None:
-            self._traces.offer(record)
+        is_traced = self._traces is not None and self._traces.offer(record)
+        self._metrics.observe(record, is_traced=is_traced)
         if self._capture is not None:
             call = exchange.call
             item = CaptureItem(

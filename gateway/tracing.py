@@ -51,7 +51,7 @@ class Exporter(Protocol):
 
 
 class TraceWriter:
-    """A bounded queue drained by one thread: it samples, builds spans and exports them. `offer` never blocks."""
+    """A sampler before a bounded queue; one thread builds spans and exports them. `offer` never blocks."""
 
     def __init__(self, exporter: Exporter, sampler: TailSampler, builder: SpanBuilder, clock: Clock) -> None:
         self._exporter = exporter
@@ -65,11 +65,15 @@ class TraceWriter:
         self._thread = threading.Thread(target=self._run, name="trace-writer", daemon=True)
         self._thread.start()
 
-    def offer(self, record: RequestRecord) -> None:
+    def offer(self, record: RequestRecord) -> bool:
+        """Is its trace kept? It may be lost on the way to the collector all the same."""
+        if not self._sampler.is_kept(record, self._clock.mono_ns()):
+            return False
         if len(self._queue) >= MAX_QUEUED:
             self.dropped += 1
-        else:
-            self._queue.append(record)
+            return False
+        self._queue.append(record)
+        return True
 
     def close(self) -> None:
         """Export what is queued, within the exporter's own timeout."""
@@ -93,9 +97,7 @@ class TraceWriter:
     def _next_batch(self) -> list[RequestRecord]:
         batch: list[RequestRecord] = []
         while self._queue and len(batch) < MAX_BATCH:
-            record = self._queue.popleft()
-            if self._sampler.is_kept(record, self._clock.mono_ns()):
-                batch.append(record)
+            batch.append(self._queue.popleft())
         return batch
 
     def _export(self, spans: list[ReadableSpan]) -> bool:

@@ -97,6 +97,17 @@ def test_ports_are_one_set() -> None:
     assert service["spec"]["ports"][0]["port"] == settings.port
 
 
+def test_exemplars_lead_to_the_traces() -> None:
+    assert "--enable-feature=exemplar-storage" in compose()["prometheus"]["command"]
+    sources = load(OBSERVABILITY / "grafana" / "datasources" / "prometheus.yaml")["datasources"]
+    (destination,) = sources[0]["jsonData"]["exemplarTraceIdDestinations"]
+    assert destination == {"name": "trace_id", "datasourceUid": "jaeger"}
+    assert "jaeger" in {source["uid"] for source in sources}
+    panels = json.loads((OBSERVABILITY / "grafana" / "dashboards" / "tidegate.json").read_text())["panels"]
+    with_exemplars = {panel["title"] for panel in panels for target in panel["targets"] if target.get("exemplar")}
+    assert with_exemplars == {"TTFT", "TPOT"}
+
+
 def test_pipelines_name_components_that_are_configured() -> None:
     for name in ("collector.yaml", "jaeger.yaml"):
         config = load(OBSERVABILITY / name)

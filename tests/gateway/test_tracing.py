@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Iterator
 from concurrent import futures
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -17,6 +18,7 @@ from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExport
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2 as pb
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2_grpc as pb_grpc
 from opentelemetry.sdk.trace import ReadableSpan
+from prometheus_client.openmetrics.parser import text_string_to_metric_families
 
 from gateway import tracing
 from gateway.sampling import TailSampler
@@ -26,6 +28,7 @@ from protos.core import settings
 from protos.core.clock import SYSTEM_CLOCK
 from protos.core.errors import ConfigError
 from protos.core.record import PHASES, Attempt, Outcome, Phases, RequestRecord
+from tests.gateway.processes import GatewayProcess, WorkerProcess
 from tests.gateway.records import record
 
 TRACE, SPAN = "4bf92f3577b34da6a3ce929d0e0e4736", "00f067aa0ba902b7"
@@ -245,6 +248,28 @@ def test_what_a_hedge_ran_beside_is_not_told_of_it(is_won: bool) -> None:
     tries = [span.attributes or {} for span in spans if span.name == "attempt"]
     assert [it.get("error.type") for it in tries] == ["hedged", None]
     assert [it.get("tidegate.hedge", False) for it in tries] == [not is_won, is_won]
+
+
+def test_metrics_point_at_a_trace_that_the_collector_has(collector: tuple[Collector, str], tmp_path: Path) -> None:
+    it, endpoint = collector
+    worker = WorkerProcess(tmp_path / "worker", "m", 1)
+    g = GatewayProcess(tmp_path, worker.address, config=f'[gateway.tracing]\notlp_endpoint = "{endpoint}"\n')
+    try:
+        g.start(1)
+        status, _, _ = g.request("POST", "/generate", {"prompt": "x"}, {"traceparent": f"00-{TRACE}-{SPAN}-01"})
+        assert status == 200
+        accept = "application/openmetrics-text;version=1.0.0;q=0.8,text/plain;q=0.5"
+        _, headers, body = g.request("GET", "/metrics", headers={"accept": accept}, operator=True)
+        assert headers["content-type"] == "application/openmetrics-text; version=1.0.0; charset=utf-8"
+        samples = [one for family in text_string_to_metric_families(body.decode()) for one in family.samples]
+        told = {one.name: one.exemplar.labels["trace_id"] for one in samples if one.exemplar}
+        assert told.keys() >= {"tidegate_ttft_seconds_bucket", "tidegate_phase_seconds_bucket"}
+        assert set(told.values()) == {TRACE}
+        assert it.arrived.wait(5)
+        assert {span.trace_id.hex() for _, span in it.spans} == {TRACE}
+    finally:
+        g.kill()
+        worker.kill()
 
 
 def test_collector_that_is_down_costs_nothing_but_traces() -> None:

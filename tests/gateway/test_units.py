@@ -5,10 +5,13 @@ from __future__ import annotations
 import asyncio
 import re
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
+from prometheus_client.openmetrics import exposition as openmetrics
+from prometheus_client.openmetrics.parser import text_string_to_metric_families as openmetrics_families
 from prometheus_client.parser import text_string_to_metric_families
 
 from gateway import admission
@@ -355,6 +358,25 @@ def test_hedges_are_counted_apart_from_retries() -> None:
     assert found["tidegate_hedges_total model=tide-1"] == 2
     assert found["tidegate_hedges_won_total model=tide-1"] == 1
     assert found["tidegate_retries_total model=tide-1"] == 0
+
+
+def test_exemplars_are_requests_whose_traces_were_kept() -> None:
+    metrics = Metrics()
+    kept, lost = record(trace_id="a" * 32, total_ns=SECOND // 5), record(trace_id="b" * 32, total_ns=3 * SECOND)
+    metrics.observe(kept, is_traced=True)
+    metrics.observe(lost)
+    metrics.observe(msgspec.structs.replace(lost, total_ns=SECOND // 5))
+    families = openmetrics_families(openmetrics.generate_latest(metrics.registry).decode())
+    found = {
+        sample.labels["le"]: sample.exemplar
+        for family in families
+        for sample in family.samples
+        if sample.name == "tidegate_request_seconds_bucket" and sample.exemplar
+    }
+    assert list(found) == ["0.25"]
+    assert (found["0.25"].labels, found["0.25"].value) == ({"trace_id": kept.trace_id}, 0.2)
+    assert float(found["0.25"].timestamp) == pytest.approx(kept.arrived_unix_ns / 1e9 + 0.2)
+    assert "trace_id" not in generate_latest(metrics.registry).decode()
 
 
 def test_one_token_has_no_time_per_token() -> None:
