@@ -1,5 +1,6 @@
 """Goodput under overload: the gateway's deciders in front of a simulated Qwen3-14B on an A100, in virtual time."""
 
+import functools
 import random
 
 import msgspec
@@ -96,9 +97,13 @@ def test_the_forecast_of_the_first_token_comes_true(rate: float) -> None:
 
 @pytest.mark.parametrize("rate", [3.0, 9.0])
 def test_the_forecast_covers_as_much_where_steps_vary_by_a_fifth(rate: float) -> None:
-    draw = random.Random(1)
-    noisy = gateway(ENGINE, SLO, jitter=lambda: draw.lognormvariate(0.0, 0.2))
-    error, coverage = errors_and_coverage(noisy.run(poisson(rate, SECONDS, slo=SLO)))
+    """Of three draws: the error of one is between 16 and 21%."""
+    results: list[Result] = []
+    for seed in range(1, 4):
+        draw = random.Random(seed)
+        noisy = gateway(ENGINE, SLO, jitter=functools.partial(draw.lognormvariate, 0.0, 0.2))
+        results += noisy.run(poisson(rate, SECONDS, seed=seed, slo=SLO))
+    error, coverage = errors_and_coverage(results)
     exact, _ = errors_and_coverage(run(rate))
     assert exact < error <= 0.2, "noise is in it"
     assert 0.85 <= coverage <= 0.95
