@@ -95,10 +95,7 @@ class TraceWriter:
                 self.dropped += len(batch)
 
     def _next_batch(self) -> list[RequestRecord]:
-        batch: list[RequestRecord] = []
-        while self._queue and len(batch) < MAX_BATCH:
-            batch.append(self._queue.popleft())
-        return batch
+        return [self._queue.popleft() for _ in range(min(len(self._queue), MAX_BATCH))]
 
     def _export(self, spans: list[ReadableSpan]) -> bool:
         try:

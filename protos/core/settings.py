@@ -60,7 +60,8 @@ def load(
     for path, value in flags.items():
         if value is not None:
             _assign(values, path, value)
-            origins[path] = f"flag {(spelled or {}).get(path) or '--' + re.sub('[._]', '-', path)}"
+            written = (spelled or {}).get(path, "--" + re.sub("[._]", "-", path))
+            origins[path] = f"flag {written}"
     _check_keys(kind, values, (), origins, section)
     try:
         return msgspec.convert(values, kind, strict=False)

@@ -396,18 +396,23 @@ def test_clients_cannot_make_labels() -> None:
     assert len(counts) == 1
 
 
-def test_state_is_read_at_scrape_time() -> None:
-    metrics, scheduler = Metrics(), Scheduler()
+def scrape(
+    metrics: Metrics, scheduler: Scheduler, capture: JournalStats | None = None, traces: tuple[int, int] = (0, 0)
+) -> dict[str, float]:
+    """All samples of a gateway with one worker that it cannot reach."""
 
-    async def scrape() -> dict[str, float]:
+    async def state() -> dict[str, float]:
         fleet = Fleet(["h:1"], gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=scheduler)
-        stats = JournalStats(5, 2, 0, None)
         metrics.registry.register(
-            StateCollector(scheduler, fleet, lambda: stats, lambda: (3, 1), SYSTEM_CLOCK, metrics.tenant_names)
+            StateCollector(scheduler, fleet, lambda: capture, lambda: traces, SYSTEM_CLOCK, metrics.tenant_names)
         )
         return samples(metrics)
 
-    found = asyncio.run(scrape())
+    return asyncio.run(state())
+
+
+def test_state_is_read_at_scrape_time() -> None:
+    found = scrape(Metrics(), Scheduler(), JournalStats(5, 2, 0, None), (3, 1))
     assert found["tidegate_worker_ready worker=h:1"] == 0
     assert found["tidegate_capture_entries_total"] == 5
     assert found["tidegate_capture_dropped_total"] == 2
@@ -419,14 +424,13 @@ def test_tenant_beyond_the_bound_is_called_other_in_every_metric() -> None:
     metrics, scheduler = Metrics(), Scheduler()
     for number in range(MAX_TENANTS):
         metrics.observe(record(tenant=f"tenant-{number}"))
+    metrics.observe(record(tenant="late"))
     scheduler.enqueue(Ticket(request=1, model="m", tenant="late", deadline_ns=1))
-
-    async def scrape() -> dict[str, float]:
-        fleet = Fleet(["h:1"], gateway="g", version="0", clock=SYSTEM_CLOCK, scheduler=scheduler)
-        metrics.registry.register(
-            StateCollector(scheduler, fleet, lambda: None, lambda: (0, 0), SYSTEM_CLOCK, metrics.tenant_names)
-        )
-        return samples(metrics)
-
-    queued = [name for name in asyncio.run(scrape()) if name.startswith("tidegate_queue_depth")]
-    assert queued == ["tidegate_queue_depth band=1 model=m tenant=other"]
+    found = scrape(metrics, scheduler)
+    assert [name for name in found if name.startswith("tidegate_queue_depth")] == [
+        "tidegate_queue_depth band=1 model=m tenant=other"
+    ]
+    assert (
+        sum(found[name] for name in found if name.startswith("tidegate_tenant_requests_total") and "other" in name) == 1
+    )
+    assert not any("late" in name for name in found)
