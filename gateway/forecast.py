@@ -248,14 +248,27 @@ class EngineForecast:
 
     def _left_ns(self, now_ns: int) -> float:
         """What is left of the running step."""
+        left_ns = self._remaining_ns(now_ns)
+        return left_ns if left_ns > 0 else 0.0
+
+    def _remaining_ns(self, now_ns: int) -> float:
+        """The same; negative where it should have ended."""
         if self._began_ns is None:
             return 0.0
         tokens = self._prefills.in_step_tokens
         if tokens != self._running_tokens:
             self._running_tokens = tokens
             self._running_ns = self._fit.predict(tokens, self._running)
-        left_ns = self._began_ns + self._running_ns - now_ns
-        return left_ns if left_ns > 0 else 0.0
+        return self._began_ns + self._running_ns - now_ns
+
+    def before_tokens(self, priority: int, now_ns: int) -> float:
+        """What passes before the step of a new prompt begins, as the prompt tokens that would take as long.
+
+        A step that should have ended is taken to be as far from its end: the later it is, the more likely it hangs.
+        """
+        slope = self._fit.slope
+        left = abs(self._remaining_ns(now_ns)) / slope if slope else self._prefills.in_step_tokens
+        return left + self.ahead_tokens(priority)
 
     def raw_ns(self, tokens: int, now_ns: int, priority: int = 0) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.

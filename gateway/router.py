@@ -1,9 +1,9 @@
 """Which worker runs a request: the one where it adds the least delay, of those that serve its model and have room.
 
-Cost of a placement = uncached * (batch + 1) + decode * batch + unstarted, in tokens. The prompt tokens that the worker
-does not have cached hold up this request and every sequence of the batch; each token of the answer is made in steps
-that are the longer the larger the batch is; and the prompts that the worker has not started yet come first. The second
-term is what keeps a worker that has what everybody's prompt begins with from getting everybody.
+Cost of a placement = (uncached + decode) * batch + FIRST_TOKEN_WEIGHT * (ahead + uncached), in tokens. The prompt
+tokens that the worker does not have cached hold up every sequence of the batch; each token of the answer is made in
+steps that are the longer the larger the batch is; and the first token waits for what the worker does before, and for
+its own prompt. The batch is what keeps a worker that has what everybody's prompt begins with from getting everybody.
 """
 
 from __future__ import annotations
@@ -28,6 +28,9 @@ WARM_UP_NS = 30_000_000_000
 COLD_WEIGHT = 0.1
 """A worker that joins a warm fleet counts for so much of itself at first."""
 BYTES_PER_TOKEN = 4
+FIRST_TOKEN_WEIGHT = 64
+"""A delay of one first token counts as the same delay of so many answers: what nobody notices in an answer of seconds
+is much of the time to a first token."""
 
 
 class Worker(msgspec.Struct, kw_only=True):
@@ -55,11 +58,6 @@ class Worker(msgspec.Struct, kw_only=True):
     def is_open(self) -> bool:
         """May it be given requests at all?"""
         return not (self.is_draining or self.is_leaving)
-
-    @property
-    def unstarted_tokens(self) -> int:
-        """Prompt tokens of requests that it was given and whose first token has not come."""
-        return self.forecast.unstarted_tokens
 
     def keeps_pace(self, tokens: int, priority: int) -> bool:
         """Would its answers keep their pace with one more prompt, of somebody who is not urgent?"""
@@ -108,11 +106,11 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     """Of the prompt, expected."""
 
 
-Choose = Callable[[Iterable[Worker], Ticket, int], Route | None]
+Choose = Callable[[Iterable[Worker], Ticket, int, int], Route | None]
 
 
-def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | None:
-    """The worker with the smallest cost; None when none has room.
+def choose(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int) -> Route | None:
+    """The worker with the smallest cost; None when none has room. `priority` is what the engine would be told.
 
     A request larger than a whole worker is sent to one that is empty. A worker of a failed attempt is taken only when
     there is no other. Among equals the session's own worker is taken, so that its turns stay together.
@@ -127,7 +125,8 @@ def choose(workers: Iterable[Worker], ticket: Ticket, now_ns: int) -> Route | No
         matched_share = worker.matched_share(ticket)
         cached_tokens = int(ticket.input_tokens * matched_share * worker.prefixes.trust)
         uncached = ticket.input_tokens - cached_tokens + 1
-        cost = uncached * (batch + 1) + ticket.output_tokens * batch + worker.unstarted_tokens
+        first = worker.forecast.before_tokens(priority, now_ns) + uncached
+        cost = (uncached + ticket.output_tokens) * batch + FIRST_TOKEN_WEIGHT * first
         # A worker with more slots is a faster one, as far as anybody here knows.
         distance = 0 if ticket.session is None else _distance(ticket, worker)
         rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), distance)

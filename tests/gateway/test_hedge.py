@@ -72,7 +72,7 @@ def test_hedge_runs_on_a_worker_that_was_not_tried_and_holds_a_lease_of_its_own(
     scheduler.release(100)
     scheduler.release(1)
     assert len(scheduler.ledger) == 0
-    assert all(worker.unstarted_tokens == 0 for worker in scheduler.workers)
+    assert all(worker.forecast.unstarted_tokens == 0 for worker in scheduler.workers)
 
 
 def test_hedge_that_made_no_token_costs_its_tenant_nothing() -> None:
@@ -206,7 +206,7 @@ async def test_first_worker_whose_token_comes_first_after_all_answers() -> None:
         first.token(text="upon")
         assert (first.cancelled, second.cancelled) == ([], [1])
         await settle_down()
-        assert not any(worker.unstarted_tokens for worker in g.scheduler.workers), "its start is noted"
+        assert not any(worker.forecast.unstarted_tokens for worker in g.scheduler.workers), "its start is noted"
         first.finish(output_tokens=2)
         await client.task
         assert client.json["choices"][0]["message"]["content"] == "Once upon"

@@ -56,7 +56,7 @@ class Traffic:
         assert not scheduler.depths()
         assert all(scheduler.queued_in(band) == 0 for band in range(4))
         for worker in scheduler.workers:
-            assert worker.unstarted_tokens == 0
+            assert worker.forecast.unstarted_tokens == 0
             assert scheduler.ledger.held_by(worker.name).requests == 0
 
     def check(self) -> None:
