@@ -3,7 +3,7 @@
 Cost of a placement = (uncached + decode) * batch + FIRST_TOKEN_WEIGHT * (ahead + uncached), in tokens. The prompt
 tokens that the worker does not have cached hold up every sequence of the batch; each token of the answer is made in
 steps that are the longer the larger the batch is; and the first token waits for what the worker does before, and for
-its own prompt. The batch is what keeps a worker that has what everybody's prompt begins with from getting everybody.
+its own prompt. What is ahead keeps a worker that has what everybody's prompt begins with from getting everybody.
 """
 
 from __future__ import annotations

@@ -10,9 +10,9 @@ What quiet tenants notice of an aggressive one is measured on the engine as its 
 which fills it to about 15%, and to 42% with the aggressive tenant, and at SPEED times its speed, which fills it to 60%
 and 170%. Each of them has a dozen requests, so that its own p95 is that of its worst one; the verdict is about all
 their requests together. "Beside the others" is the trace without aggression: a tenant of short prompts alone has steps
-to itself that a shared engine does not make.
+to itself that a shared engine does not make. With more than one worker, as many share the same trace.
 
-    python -m tests.bench.fairness [--trace arena_tenants.csv]
+    python -m tests.bench.fairness [--trace arena_tenants.csv] [--workers 1]
 
 The trace has the columns arrival_s, tenant, prompt_tokens and output_tokens.
 """
@@ -22,6 +22,7 @@ from __future__ import annotations
 import argparse
 import collections
 import csv
+import functools
 import random
 import sys
 from collections.abc import Iterable, Sequence
@@ -123,11 +124,17 @@ def multiply(arrivals: Sequence[Arrival], tenant: str, factor: int, seed: int = 
 
 
 def run(
-    arrivals: Sequence[Arrival], slots: int, slo: Slo, until_s: float | None = None, *, is_watched: bool = False
+    arrivals: Sequence[Arrival],
+    slots: int,
+    slo: Slo,
+    until_s: float | None = None,
+    *,
+    workers: int = 1,
+    is_watched: bool = False,
 ) -> tuple[list[Result], Spread]:
     """`is_watched`: look at the service of all tenants after each event."""
     model = msgspec.structs.replace(engine(), max_sequences=slots)
-    through = gateway(model, slo)
+    through = gateway(model, slo, workers=workers)
     spread = Spread(through)
     if is_watched:
         through.after_event = spread.check
@@ -143,6 +150,7 @@ def p95_s(results: Iterable[Result], *tenants: str) -> float:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--trace", type=Path)
+    parser.add_argument("--workers", type=int, default=1, help="that quiet tenants and the aggressive one share")
     arguments = parser.parse_args()
     if arguments.trace is None:
         report.console.print("without --trace: made-up tenants in the shape of the Chatbot Arena trace")
@@ -153,7 +161,7 @@ def main() -> int:
         trace = read_trace(arguments.trace)
     show_bound(speed_up(trace, SPEED))
     for speed in (1.0, SPEED):
-        show_quiet(speed_up(trace, speed), speed)
+        show_quiet(speed_up(trace, speed), speed, arguments.workers)
     show_bands()
     return 0
 
@@ -171,23 +179,22 @@ def show_bound(trace: Sequence[Arrival]) -> None:
         report.print_verdict(f"{what} ({spread.contested:,} events)", spread.widest / limit, 1.0, at_most=True)
 
 
-def show_quiet(trace: Sequence[Arrival], speed: float) -> None:
+def show_quiet(trace: Sequence[Arrival], speed: float, workers: int) -> None:
     """The tenants with the fewest requests beside the loudest one that sends many times as much."""
     counts = _counts(trace)
     by_requests = sorted((tenant for tenant in counts if counts[tenant] >= QUIET_REQUESTS), key=lambda one: counts[one])
     quiet, loudest = by_requests[:QUIET_TENANTS], by_requests[-1]
     slots = engine().max_sequences
+    play = functools.partial(run, slots=slots, slo=Slo(), workers=workers)
     alone = [
-        result
-        for tenant in quiet
-        for result in run([arrival for arrival in trace if arrival.tenant == tenant], slots, Slo())[0]
+        result for tenant in quiet for result in play([arrival for arrival in trace if arrival.tenant == tenant])[0]
     ]
-    beside, _ = run(trace, slots, Slo())
+    beside, _ = play(trace)
     crowds = [multiply(trace, loudest, AGGRESSION, seed) for seed in range(1, AGGRESSIVE_DRAWS + 1)]
-    crowded = [result for crowd in crowds for result in run(crowd, slots, Slo())[0]]
+    crowded = [result for crowd in crowds for result in play(crowd)[0]]
     report.console.print(
-        f"quiet tenants, the trace at {speed:g}x, {slots} sequences, p95 TTFT in ms: alone, beside the others, "
-        f"with {loudest} at {AGGRESSION}x (over alone)"
+        f"quiet tenants, the trace at {speed:g}x, {workers} x {slots} sequences, p95 TTFT in ms: alone, "
+        f"beside the others, with {loudest} at {AGGRESSION}x (over alone)"
     )
     for tenant in quiet:
         own_s, others_s, all_s = (p95_s(results, tenant) * 1e3 for results in (alone, beside, crowded))

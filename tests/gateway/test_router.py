@@ -70,6 +70,15 @@ class Fleet:
         self.scheduler.worker_reported(worker, Load(running=1), is_draining=False)
         self.scheduler.stepped(worker, self.now_ns)
 
+    def know(self, worker: str) -> None:
+        """It has computed prompts, so that its steps are known: 20 ms, and 0.1 ms per token. It is idle again."""
+        forecast = self.scheduler.worker(worker).forecast  # type: ignore[union-attr]
+        for tokens in range(100, 2_100, 100):
+            forecast.placed(-1, tokens, self.now_ns)
+            forecast.started(-1)
+            self.now_ns += 20_000_000 + 100_000 * tokens
+            forecast.stepped(self.now_ns, is_idle=True)
+
     def fail(self, worker: str, times: int = 5) -> None:
         for _ in range(times):
             self.scheduler.attempt_ended(worker, Verdict.FAILURE, self.now_ns)
@@ -112,6 +121,44 @@ def test_another_worker_caches_what_every_prompt_begins_with_before_the_first_ha
     fleet = Fleet(4)
     workers = [fleet.send(TEXT[:8_000] + TEXT[at : at + 400]) for at in range(10_000, 16_000, 400)]
     assert workers.index("w1") <= 12
+
+
+def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_written_there() -> None:
+    fleet = Fleet(2)
+    for name in ("w0", "w1"):
+        fleet.know(name)
+    for _ in range(10):
+        fleet.send(avoid=("w1",))
+    fleet.step("w0", after_ns=SECOND_NS // 50)
+    fleet.send(TEXT[:8_000], avoid=("w0",))
+    fleet.now_ns += SECOND_NS // 50
+    assert fleet.send() == "w0", "a step of 2,000 tokens has 200 ms to go on w1"
+    fleet.now_ns += SECOND_NS * 2 // 10
+    assert fleet.send() == "w1", "it ends about now"
+
+
+def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_worker_has_none() -> None:
+    fleet = Fleet(2)
+    for name in ("w0", "w1"):
+        fleet.know(name)
+    for _ in range(10):
+        fleet.send(avoid=("w1",))
+    fleet.step("w0", after_ns=SECOND_NS // 50)
+    fleet.send(avoid=("w0",))
+    burst = [fleet.send(TEXT[at : at + 4_000], band=0) for at in range(0, 24_000, 4_000)]
+    assert collections.Counter(burst) == {"w0": 3, "w1": 3}
+
+
+def test_step_that_should_have_ended_is_not_taken_to_end_now() -> None:
+    fleet = Fleet(2)
+    for name in ("w0", "w1"):
+        fleet.know(name)
+    fleet.send(TEXT[:4_000], avoid=("w1",))
+    fleet.send(TEXT[:4_000], avoid=("w0",))
+    fleet.start()
+    fleet.step("w1", after_ns=SECOND_NS // 2)
+    fleet.now_ns += SECOND_NS // 100
+    assert {fleet.send() for _ in range(3)} == {"w1"}, "w0 is 390 ms late; w1 has 10 ms to go"
 
 
 def test_adapters_of_one_worker_do_not_share_a_cache() -> None:
