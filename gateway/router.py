@@ -74,6 +74,11 @@ class Worker(msgspec.Struct, kw_only=True):
         left = self.limit.value - self.held.sequences
         return left if left > 0 else 0
 
+    def fits(self, sequences: int) -> bool:
+        """Is there room for a request of so many? One larger than the whole worker fits where nothing runs."""
+        room = self.room
+        return room >= sequences or (room > 0 and not self.held.sequences)
+
     def is_in_doubt(self, now_ns: int) -> bool:
         """Its breaker is open, or it has requests and does not go on with them: it may hang, or cannot be reached."""
         if not self.breaker.allows(now_ns):
@@ -90,10 +95,6 @@ class Worker(msgspec.Struct, kw_only=True):
         if not self.is_new:
             return 1.0
         return min(1.0, COLD_WEIGHT + (1 - COLD_WEIGHT) * (now_ns - self.joined_ns) / WARM_UP_NS)
-
-    def matched_share(self, ticket: Ticket) -> float:
-        """How much of the prompt the index says it has cached."""
-        return self.prefixes.matched_bytes(ticket.blocks) / ticket.prompt_bytes if ticket.blocks else 0.0
 
 
 class Route(msgspec.Struct, frozen=True, gc=False):
@@ -115,24 +116,31 @@ def choose(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int
     A request larger than a whole worker is sent to one that is empty. A worker of a failed attempt is taken only when
     there is no other. Among equals the session's own worker is taken, so that its turns stay together.
     """
+    able = [worker for worker in workers if worker.fits(ticket.sequences)]
+    if len(able) < 2:
+        return _route(able[0], ticket) if able else None
     best: tuple[bool, float, int] | None = None
     chosen: Route | None = None
-    for worker in workers:
-        room, batch = worker.room, worker.held.sequences
-        slots = worker.model.max_sequences
-        if room < ticket.sequences and (batch or not room):
-            continue
-        matched_share = worker.matched_share(ticket)
-        cached_tokens = int(ticket.input_tokens * matched_share * worker.prefixes.trust)
-        uncached = ticket.input_tokens - cached_tokens + 1
+    for worker in able:
+        route = _route(worker, ticket)
+        batch = worker.held.sequences
+        uncached = ticket.input_tokens - route.cached_tokens + 1
         first = worker.forecast.before_tokens(priority, now_ns) + uncached
         cost = (uncached + ticket.output_tokens) * batch + FIRST_TOKEN_WEIGHT * first
         # A worker with more slots is a faster one, as far as anybody here knows.
+        speed = worker.model.max_sequences * worker.weight(now_ns)
         distance = 0 if ticket.session is None else _distance(ticket, worker)
-        rank = (worker.name in ticket.avoid, cost / (slots * worker.weight(now_ns)), distance)
+        rank = (worker.name in ticket.avoid, cost / speed, distance)
         if best is None or rank < best:
-            best, chosen = rank, Route(worker, matched_share, cached_tokens)
+            best, chosen = rank, route
     return chosen
+
+
+def _route(worker: Worker, ticket: Ticket) -> Route:
+    if not ticket.blocks:
+        return Route(worker, 0.0, 0)
+    matched_share = worker.prefixes.matched_bytes(ticket.blocks) / ticket.prompt_bytes
+    return Route(worker, matched_share, int(ticket.input_tokens * matched_share * worker.prefixes.trust))
 
 
 def left_out(workers: Sequence[Worker], now_ns: int) -> set[str]:
