@@ -338,13 +338,15 @@ class Scheduler:
         workers = self._serving.get(model, ())
         if is_urgent:
             return [worker for worker in workers if worker.room]
+        unfilled = [worker for worker in workers if not worker.forecast.is_next_full(priority)]
+        if not unfilled:
+            return unfilled
         share = KEPT_SHARE if self._has_company(now_ns) else NOTHING_KEPT
-        ready = []
-        for worker in workers:
-            if worker.forecast.is_next_full(priority) or worker.room <= worker.limit.value // share:
-                continue
-            if worker.keeps_pace(tokens, priority):
-                ready.append(worker)
+        ready = [
+            worker
+            for worker in unfilled
+            if worker.room > worker.limit.value // share and worker.keeps_pace(tokens, priority)
+        ]
         if not ready or self._token_target_ns is not None:
             return ready
         return [worker for worker in workers if worker.room > worker.limit.value // share]
@@ -360,7 +362,8 @@ class Scheduler:
         if not worker.held.requests:
             worker.rest()
         worker.breaker.began(now_ns)
-        worker.prefixes.use(ticket.blocks)
+        if ticket.blocks:
+            worker.prefixes.use(ticket.blocks)
         self.leave(ticket.request)
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
