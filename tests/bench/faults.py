@@ -21,7 +21,10 @@ import msgspec
 from tests.gateway.faults import Load, Stack, Verdict, judge, stack
 
 WORKERS = 3
+PERIOD_SECONDS = 2.0
+"""From one fault to the next, however fast the machine starts a worker."""
 REST_SECONDS = 1.0
+"""At least, from the end of a fault to the next."""
 AMPLIFICATION = 1.2
 NOTICED_SECONDS = 5.0
 
@@ -72,8 +75,9 @@ def roll(s: Stack, seconds: float) -> None:
 def _repeat(seconds: float, act: Callable[[int], object]) -> None:
     deadline, number = time.monotonic() + seconds, 0
     while number == 0 or time.monotonic() < deadline:
+        next_s = time.monotonic() + PERIOD_SECONDS
         act(number)
-        time.sleep(REST_SECONDS)
+        time.sleep(max(REST_SECONDS, next_s - time.monotonic()))
         number += 1
 
 
