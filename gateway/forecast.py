@@ -137,8 +137,11 @@ class EngineForecast:
         """Nothing of ours is left on the worker, though no step may have told: its last requests were cancelled."""
         self._began_ns = None
 
-    def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0) -> Step | None:
-        """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began."""
+    def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0, step_ns: int = 0) -> Step | None:
+        """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began.
+
+        `step_ns` is what the worker says that it took: frames that were held up come one right after the other.
+        """
         began_ns = self._began_ns
         ran, self._running = self._running, running
         self._steps += 1
@@ -148,12 +151,13 @@ class EngineForecast:
         tokens = self._prefills.step(ran)
         if began_ns is None:
             return None
+        duration_ns = step_ns or now_ns - began_ns
         if tokens is not None:
-            self._fit.add(tokens, ran, now_ns - began_ns)
+            self._fit.add(tokens, ran, duration_ns)
             self._prefill_steps += tokens > 0
             self.is_known = self._prefill_steps >= WARM
             self._find_most()
-        return Step(now_ns - began_ns, tokens != 0)
+        return Step(duration_ns, tokens != 0)
 
     def _find_most(self) -> None:
         """What is enough for a step, by what a token costs."""

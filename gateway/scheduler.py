@@ -487,7 +487,8 @@ class Scheduler:
         worker = self._workers[name]
         worker.limit.stepped(worker.load)
         is_idle = not worker.load.running + worker.load.waiting
-        step = worker.forecast.stepped(now_ns, is_idle=is_idle, running=worker.load.running)
+        load = worker.load
+        step = worker.forecast.stepped(now_ns, is_idle=is_idle, running=load.running, step_ns=load.step_ns)
         if is_idle:
             worker.pace.rest()
         elif step is not None:

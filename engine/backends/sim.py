@@ -79,6 +79,8 @@ class SimBackend:
         self._limits = Limits(settings.max_num_seqs or DEFAULT_SEQUENCES, batch_tokens)
         self._simulator: Simulator[_Choice] = Simulator(self._parameters, self._limits)
         self._arrived = asyncio.Event()
+        self._step_ns = 0
+        """Of the last step that has ended."""
         self._step_log: StepLogWriter | None = None
 
     async def start(self) -> ModelInfo:
@@ -137,7 +139,7 @@ class SimBackend:
             kv_blocks_used=simulator.used_blocks,
             kv_blocks_total=self._parameters.kv_blocks,
             preemptions=simulator.preemptions,
-            step_ns=simulator.step_ns,
+            step_ns=self._step_ns,
             queued_prefill_tokens=simulator.queued_prefill_tokens,
             prefix_queries=simulator.prefix_queries,
             prefix_hits=simulator.prefix_hits,
@@ -162,6 +164,7 @@ class SimBackend:
             deadline_ns = step.ended_ns
             behind_ns = time.monotonic_ns() - deadline_ns
             await asyncio.sleep(max(0, -behind_ns) / 1e9)
+            self._step_ns = self._simulator.step_ns
             self._tell(step)
             self._log_step(step)
             if behind_ns > MAX_LAG_NS:

@@ -32,6 +32,7 @@ from engine.backends.vllm_processes import EngineProcesses
 from engine.backends.vllm_resume import Continuation
 from engine.backends.vllm_sockets import VllmSockets
 from engine.failure import context_exceeded, failed, output_limit, prompt_field
+from engine.outbox import MAX_ROWS
 from engine.prompt import read_messages, read_template_kwargs
 from engine.settings import DEFAULT_MODEL, EngineSettings
 from engine.stall import Look, Stall
@@ -373,6 +374,8 @@ def _set_environment(settings: EngineSettings) -> None:
         os.environ.setdefault("PYTHONWARNINGS", "ignore")
         logging.getLogger("vllm").setLevel(logging.ERROR)
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    # vLLM gives the loop a turn after so many answers of a step; the rest would leave as a step of its own.
+    os.environ.setdefault("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", str(MAX_ROWS))
 
 
 def _bind_to_cores(cores: str) -> None:

@@ -25,11 +25,16 @@ class LoadRecorder:
 
     def record(self, scheduler: Any, iteration: Any, now_ns: int) -> None:
         """Take one step's statistics; either may be None."""
+        # Between tokens, by the engine's own clock: the shortest is the step, however late we hear of it.
+        gaps_s: list[float] = []
         if iteration is not None:
             self._preemptions += iteration.num_preempted_reqs
+            gaps_s = iteration.inter_token_latencies_iter
         if scheduler is None:
             return
-        if self._running:
+        if gaps_s:
+            self._step_ns = int(min(gaps_s) * 1e9)
+        elif self._running:
             self._step_ns = now_ns - self.stepped_ns
         self.stepped_ns = now_ns
         self._running = scheduler.num_running_reqs

@@ -16,9 +16,20 @@ from engine.backend import Cancel, Sink
 from engine.backends.sim import SimBackend
 from engine.failure import failed
 from engine.settings import EngineSettings
+from engine.sim.parameters import SimParameters
 from engine.worker import Worker
 from protos.core import wire
-from protos.core.contract import PROTOCOL, FailureKind, GatewayFrame, Hello, Host, Load, ModelInfo, Submit
+from protos.core.contract import (
+    PROTOCOL,
+    FailureKind,
+    GatewayFrame,
+    Hello,
+    Host,
+    Load,
+    ModelInfo,
+    Submit,
+    TextPrompt,
+)
 from protos.core.errors import ConfigError
 from tests.engine.peer import Running, connect, open_call, running_worker, submit
 
@@ -257,3 +268,15 @@ class Dying(Loading):
         for request, sink in self.open:
             sink.failed(failed(request, 0, FailureKind.UNAVAILABLE, "the engine died"))
         return "it was told to"
+
+
+async def test_frame_tells_how_long_the_step_of_its_tokens_took() -> None:
+    """Not the one that runs when the frame is written."""
+    settings = EngineSettings(
+        backend="sim", port=0, profile="test", sim=SimParameters(step_us=5_000, prefill_token_us=100)
+    )
+    async with running_worker(settings, SimBackend(settings)) as running, connect(running.address) as peer:
+        await peer.ask(submit(1, TextPrompt("Once " * 400), max_tokens=4, ignore_eos=True))
+        first, *others = [frame.load.step_ns / 1e6 for frame in peer.frames if frame.deltas is not None and frame.load]
+        assert first > 50, "its prompt"
+        assert others == [pytest.approx(5, abs=1)] * 3

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from types import SimpleNamespace
 
 from engine.backends.vllm import VllmBackend
+from engine.backends.vllm_load import LoadRecorder
 from engine.settings import EngineSettings
 from protos.core.contract import Failed, FailureKind, Finished, Started, TokenLogprob
 from tests.engine.peer import submit
@@ -40,3 +41,24 @@ async def test_request_that_comes_after_the_engines_death_fails_as_those_before_
     cancel = backend.submit(submit(7), 1, ends)
     cancel()
     assert [(failure.slot, failure.kind) for failure in ends.failures] == [(7, FailureKind.UNAVAILABLE)]
+
+
+def test_step_is_as_long_as_the_engine_says_however_late_its_statistics_are_read() -> None:
+    recorder = LoadRecorder()
+
+    def record(now_ms: int, *gaps_s: float) -> int:
+        scheduler = SimpleNamespace(
+            num_running_reqs=2,
+            num_waiting_reqs=0,
+            num_skipped_waiting_reqs=0,
+            kv_cache_usage=0.0,
+            prefix_cache_stats=SimpleNamespace(queries=0, hits=0),
+        )
+        iteration = SimpleNamespace(num_preempted_reqs=0, inter_token_latencies_iter=list(gaps_s))
+        recorder.record(scheduler, iteration, now_ms * 1_000_000)
+        return recorder.load(2, 0).step_ns
+
+    record(0)
+    assert record(50) == 50_000_000, "prompts alone"
+    assert record(90, 0.02, 0.3) == 20_000_000, "one of them was preempted"
+    assert record(91, 0.02, 0.02) == 20_000_000

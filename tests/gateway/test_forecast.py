@@ -41,12 +41,13 @@ class Steps:
         self._placed.append((self._requests, tokens))
         self.forecast.placed(self._requests, tokens, self.now_ns)
 
-    def step(self) -> None:
+    def step(self, late_ns: int = 0) -> None:
+        """One step; its frame is read so much later."""
         duration_ns = int((self._step_ms + self._token_ms * sum(tokens for _, tokens in self._running)) * MS)
         self.now_ns += duration_ns
         for request, _ in self._running:
             self.forecast.started(request)
-        self.forecast.stepped(self.now_ns, is_idle=False)
+        self.forecast.stepped(self.now_ns + late_ns, is_idle=False, step_ns=duration_ns)
         self._running, self._placed = self._placed, []
 
 
@@ -61,6 +62,17 @@ def warm(tokens: int = 1_000, *, step_ms: float = STEP_MS, token_ms: float = TOK
     for _ in range(3):
         steps.step()
     return steps
+
+
+def test_frames_that_are_read_late_and_together_do_not_make_steps_look_short() -> None:
+    steps, late = warm(), warm()
+    for _ in range(50):
+        steps.step()
+        steps.step()
+        late.step(late_ns=STEP_MS * MS)
+        late.step()
+    assert late.forecast.step_ns() == pytest.approx(steps.forecast.step_ns(), rel=0.01) == STEP_MS * MS
+    assert late.forecast.step_tokens(1) == steps.forecast.step_tokens(1) == PART_STEPS * STEP_MS / TOKEN_MS
 
 
 def test_a_forecast_knows_nothing_until_it_has_seen_prompts() -> None:
