@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from types import SimpleNamespace
+from unittest import mock
 
-from engine.backends.vllm import VllmBackend
+import pytest
+
+from engine.backends.vllm import VllmBackend, _set_environment
 from engine.backends.vllm_load import LoadRecorder
+from engine.outbox import MAX_ROWS
 from engine.settings import EngineSettings
 from protos.core.contract import Failed, FailureKind, Finished, Started, TokenLogprob
 from tests.engine.peer import submit
@@ -62,3 +67,14 @@ def test_step_is_as_long_as_the_engine_says_however_late_its_statistics_are_read
     assert record(50) == 50_000_000, "prompts alone"
     assert record(90, 0.02, 0.3) == 20_000_000, "one of them was preempted"
     assert record(91, 0.02, 0.02) == 20_000_000
+
+
+@pytest.mark.vllm
+def test_vllm_gives_all_answers_of_a_step_at_once() -> None:
+    """Else those beyond the 128th travel in a frame of their own, which the gateway takes for a step."""
+    with mock.patch.dict(os.environ):
+        os.environ.pop("VLLM_V1_OUTPUT_PROC_CHUNK_SIZE", None)
+        _set_environment(EngineSettings())
+        from vllm import envs
+
+        assert envs.VLLM_V1_OUTPUT_PROC_CHUNK_SIZE == MAX_ROWS
