@@ -34,8 +34,8 @@ class LoadRecorder:
             return
         if gaps_s:
             self._step_ns = int(min(gaps_s) * 1e9)
-        elif self._running:
-            self._step_ns = now_ns - self.stepped_ns
+        else:
+            self._step_ns = now_ns - self.stepped_ns if self._running else 0
         self.stepped_ns = now_ns
         self._running = scheduler.num_running_reqs
         self._waiting = scheduler.num_waiting_reqs + scheduler.num_skipped_waiting_reqs

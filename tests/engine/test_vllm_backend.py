@@ -51,9 +51,9 @@ async def test_request_that_comes_after_the_engines_death_fails_as_those_before_
 def test_step_is_as_long_as_the_engine_says_however_late_its_statistics_are_read() -> None:
     recorder = LoadRecorder()
 
-    def record(now_ms: int, *gaps_s: float) -> int:
+    def record(now_ms: int, *gaps_s: float, running: int = 2) -> int:
         scheduler = SimpleNamespace(
-            num_running_reqs=2,
+            num_running_reqs=running,
             num_waiting_reqs=0,
             num_skipped_waiting_reqs=0,
             kv_cache_usage=0.0,
@@ -66,7 +66,8 @@ def test_step_is_as_long_as_the_engine_says_however_late_its_statistics_are_read
     record(0)
     assert record(50) == 50_000_000, "prompts alone"
     assert record(90, 0.02, 0.3) == 20_000_000, "one of them was preempted"
-    assert record(91, 0.02, 0.02) == 20_000_000
+    assert record(91, 0.02, 0.02, running=0) == 20_000_000
+    assert record(500) == 0, "nobody knows when it began"
 
 
 @pytest.mark.vllm
