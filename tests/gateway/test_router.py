@@ -123,13 +123,19 @@ def test_another_worker_caches_what_every_prompt_begins_with_before_the_first_ha
     assert workers.index("w1") <= 12
 
 
-def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_written_there() -> None:
+def unlike_fleet() -> Fleet:
+    """Two workers whose steps are known: the first one writes ten answers, the other one has nothing to do."""
     fleet = Fleet(2)
     for name in ("w0", "w1"):
         fleet.know(name)
     for _ in range(10):
         fleet.send(avoid=("w1",))
     fleet.step("w0", after_ns=SECOND_NS // 50)
+    return fleet
+
+
+def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_written_there() -> None:
+    fleet = unlike_fleet()
     fleet.send(TEXT[:8_000], avoid=("w0",))
     fleet.now_ns += SECOND_NS // 50
     assert fleet.send() == "w0", "a step of 2,000 tokens has 200 ms to go on w1"
@@ -138,12 +144,7 @@ def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_wri
 
 
 def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_worker_has_none() -> None:
-    fleet = Fleet(2)
-    for name in ("w0", "w1"):
-        fleet.know(name)
-    for _ in range(10):
-        fleet.send(avoid=("w1",))
-    fleet.step("w0", after_ns=SECOND_NS // 50)
+    fleet = unlike_fleet()
     fleet.send(avoid=("w0",))
     burst = [fleet.send(TEXT[at : at + 4_000], band=0) for at in range(0, 24_000, 4_000)]
     assert collections.Counter(burst) == {"w0": 3, "w1": 3}
