@@ -45,6 +45,9 @@ PART_NS = 25_000_000
 """And at least so long: where steps are that short, it is not they who are waited for."""
 PARTS_AHEAD = 2
 """A worker gets them while it has less than so many of their steps to compute."""
+STEP_TOKENS = 128
+"""A step that computes nothing counts as at most so many prompt tokens: where those seem to cost next to nothing, its
+rest would count more than all else, and workers could not be compared."""
 UNKNOWN_PARTS = 16
 """A part of a full step, before it is known what tokens cost."""
 OVERDUE_NS = 1_000_000_000
@@ -270,8 +273,8 @@ class EngineForecast:
 
         A step that should have ended is taken to be as far from its end: the later it is, the more likely it hangs.
         """
-        slope = self._fit.slope
-        left = abs(self._remaining_ns(now_ns)) / slope if slope else self._prefills.in_step_tokens
+        token_ns = max(self._fit.slope, self._fit.base / STEP_TOKENS)
+        left = abs(self._remaining_ns(now_ns)) / token_ns if token_ns else self._prefills.in_step_tokens
         return left + self.ahead_tokens(priority)
 
     def raw_ns(self, tokens: int, now_ns: int, priority: int = 0) -> int | None:

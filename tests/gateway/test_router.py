@@ -70,13 +70,13 @@ class Fleet:
         self.scheduler.worker_reported(worker, Load(running=1), is_draining=False)
         self.scheduler.stepped(worker, self.now_ns)
 
-    def know(self, worker: str) -> None:
-        """It has computed prompts, so that its steps are known: 20 ms, and 0.1 ms per token. It is idle again."""
+    def know(self, worker: str, token_ns: int = 100_000) -> None:
+        """It has computed prompts, so that its steps are known: 20 ms, and so much per token. It is idle again."""
         forecast = self.scheduler.worker(worker).forecast  # type: ignore[union-attr]
         for tokens in range(100, 2_100, 100):
             forecast.placed(-1, tokens, self.now_ns)
             forecast.started(-1)
-            self.now_ns += 20_000_000 + 100_000 * tokens
+            self.now_ns += 20_000_000 + token_ns * tokens
             forecast.stepped(self.now_ns, is_idle=True)
 
     def fail(self, worker: str, times: int = 5) -> None:
@@ -160,6 +160,21 @@ def test_step_that_should_have_ended_is_not_taken_to_end_now() -> None:
     fleet.step("w1", after_ns=SECOND_NS // 2)
     fleet.now_ns += SECOND_NS // 100
     assert {fleet.send() for _ in range(3)} == {"w1"}, "w0 is 390 ms late; w1 has 10 ms to go"
+
+
+def test_workers_whose_prompts_seem_to_cost_nothing_are_given_as_much() -> None:
+    fleet = Fleet(3)
+    for name, token_ns in (("w0", 0), ("w1", 1), ("w2", 100)):
+        fleet.know(name, token_ns)
+    sent = []
+    for _ in range(30):
+        for _ in range(3):
+            fleet.now_ns += SECOND_NS // 150
+            sent.append(fleet.send())
+        for name in ("w0", "w1", "w2"):
+            fleet.step(name)
+    counts = collections.Counter(sent)
+    assert min(counts[name] for name in ("w0", "w1", "w2")) > 20
 
 
 def test_adapters_of_one_worker_do_not_share_a_cache() -> None:
