@@ -485,9 +485,9 @@ class Scheduler:
     def stepped(self, name: str, now_ns: int) -> None:
         """A step of the worker has ended: its tokens, its first tokens and its load are known."""
         worker = self._workers[name]
-        worker.limit.stepped(worker.load)
-        is_idle = not worker.load.running + worker.load.waiting
         load = worker.load
+        worker.limit.stepped(load)
+        is_idle = not load.running + load.waiting
         step = worker.forecast.stepped(now_ns, is_idle=is_idle, running=load.running, step_ns=load.step_ns)
         if is_idle:
             worker.pace.rest()

@@ -227,7 +227,7 @@ class SimBackend:
 
     def _log_step(self, step: Step[_Choice]) -> None:
         if self._step_log is not None:
-            duration_ns = self._simulator.step_ns
+            duration_ns = self._step_ns
             start_ns = step.ended_ns - duration_ns
             self._step_log.write(LoggedStep(start_ns=start_ns, duration_ns=duration_ns, work=step.work))
             for sequence in step.finished:
