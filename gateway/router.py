@@ -1,9 +1,10 @@
 """Which worker runs a request: the one where it adds the least delay, of those that serve its model and have room.
 
-Cost of a placement = (uncached + decode) * batch + FIRST_TOKEN_WEIGHT * (ahead + uncached), in tokens. The prompt
-tokens that the worker does not have cached hold up every sequence of the batch; each token of the answer is made in
-steps that are the longer the larger the batch is; and the first token waits for what the worker does before, and for
-its own prompt. What is ahead keeps a worker that has what everybody's prompt begins with from getting everybody.
+Cost of a placement = (uncached + decode) * batch + weight * (ahead + uncached), in tokens. The prompt tokens that the
+worker does not have cached hold up every sequence of the batch; each token of the answer is made in steps that are the
+longer the larger the batch is; and the first token waits for what the worker does before, and for its own prompt, which
+weighs the more where it is urgent. What is ahead keeps a worker that has what everybody's prompt begins with from
+getting everybody.
 """
 
 from __future__ import annotations
@@ -32,6 +33,9 @@ FIRST_TOKEN_WEIGHT = 16
 """A delay of one first token counts as the same delay of so many answers: what nobody notices in an answer of seconds
 is much of the time to a first token. With more of it workers get more unlike each other, for little: three with twelve
 answers have 5.5 and 2.5 in the mean with 64, 4.8 and 3.2 with 16, at the same time to first token."""
+URGENT_WEIGHT = 64
+"""The same where the request is urgent: those are few, so that they leave the workers alike, and they are the ones that
+are not to notice what the others do."""
 
 
 class Worker(msgspec.Struct, kw_only=True):
@@ -108,10 +112,10 @@ class Route(msgspec.Struct, frozen=True, gc=False):
     """Of the prompt, expected."""
 
 
-Choose = Callable[[Iterable[Worker], Ticket, int, int], Route | None]
+Choose = Callable[[Iterable[Worker], Ticket, bool, int, int], Route | None]
 
 
-def choose(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int) -> Route | None:
+def choose(workers: Iterable[Worker], ticket: Ticket, is_urgent: bool, priority: int, now_ns: int) -> Route | None:
     """The worker with the smallest cost; None when none has room. `priority` is what the engine would be told.
 
     A request larger than a whole worker is sent to one that is empty. A worker of a failed attempt is taken only when
@@ -120,6 +124,7 @@ def choose(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int
     able = [worker for worker in workers if worker.fits(ticket.sequences)]
     if len(able) < 2:
         return _route(able[0], ticket) if able else None
+    weight = URGENT_WEIGHT if is_urgent else FIRST_TOKEN_WEIGHT
     best: tuple[bool, float, int] | None = None
     chosen: Route | None = None
     for worker in able:
@@ -127,7 +132,7 @@ def choose(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int
         batch = worker.held.sequences
         uncached = ticket.input_tokens - route.cached_tokens + 1
         first = worker.forecast.before_tokens(priority, now_ns) + uncached
-        cost = (uncached + ticket.output_tokens) * batch + FIRST_TOKEN_WEIGHT * first
+        cost = (uncached + ticket.output_tokens) * batch + weight * first
         # A worker with more slots is a faster one, as far as anybody here knows.
         speed = worker.model.max_sequences * worker.weight(now_ns)
         distance = 0 if ticket.session is None else _distance(ticket, worker)

@@ -254,7 +254,7 @@ class Scheduler:
             is_urgent = self._is_urgent(ticket.band, ticket.tenant, ticket.input_tokens, ticket.output_tokens)
             priority = 0 if is_urgent else self._priority(ticket.band, ticket.tenant, ticket.is_hurried, now_ns)
             takers = self._takers(model, is_urgent, priority, ticket.input_tokens, now_ns)
-            route = self._route(ticket, takers, priority, now_ns) if takers else None
+            route = self._route(ticket, takers, is_urgent, priority, now_ns) if takers else None
             if route is None:
                 continue
             turns.append(model)
@@ -268,13 +268,14 @@ class Scheduler:
             self._queues[model] = self._queues.pop(model)  # behind the other models of its workers
         return decided
 
-    def _route(self, ticket: Ticket, takers: list[Worker], priority: int, now_ns: int) -> Route | None:
+    def _route(self, ticket: Ticket, takers: list[Worker], is_urgent: bool, priority: int, now_ns: int) -> Route | None:
         """Where it goes, of who may take it; whether one is to be left alone is a question about all of them."""
-        route = self.choose(takers, ticket, priority, now_ns)
+        route = self.choose(takers, ticket, is_urgent, priority, now_ns)
         if route is None or not route.worker.is_in_doubt(now_ns):
             return route
         left_out = router.left_out(self._serving[ticket.model], now_ns)
-        return self.choose([worker for worker in takers if worker.name not in left_out], ticket, priority, now_ns)
+        takers = [worker for worker in takers if worker.name not in left_out]
+        return self.choose(takers, ticket, is_urgent, priority, now_ns)
 
     def place_beside(self, ticket: Ticket, now_ns: int) -> Placement | None:
         """Bind a hedge, under a number of its own, to a worker not tried and not in doubt that has room for anybody.
@@ -291,7 +292,7 @@ class Scheduler:
             and worker.breaker.state(now_ns) == "closed"
             and not worker.is_in_doubt(now_ns)
         ]
-        route = self.choose(takers, ticket, priority, now_ns)
+        route = self.choose(takers, ticket, False, priority, now_ns)
         if route is None:
             return None
         raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns, priority)

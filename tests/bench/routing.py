@@ -102,7 +102,9 @@ def text_of(blocks: Iterable[int], tokens: int) -> bytes:
 # ---------------------------------------------------------------- policies
 
 
-def least_loaded(workers: Iterable[Worker], ticket: Ticket, priority: int, now_ns: int) -> Route | None:
+def least_loaded(
+    workers: Iterable[Worker], ticket: Ticket, is_urgent: bool, priority: int, now_ns: int
+) -> Route | None:
     """The worker with the smallest share of its slots in use."""
     free = [(worker.room / worker.model.max_sequences, worker) for worker in workers]
     share, worker = max(free, key=lambda item: item[0], default=(0.0, None))

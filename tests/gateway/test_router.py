@@ -143,6 +143,14 @@ def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_wri
     assert fleet.send() == "w1", "it ends about now"
 
 
+def test_urgent_prompt_goes_where_its_first_token_is_sooner_for_less() -> None:
+    fleet = unlike_fleet()
+    fleet.send(TEXT[:600], avoid=("w0",))
+    fleet.now_ns += SECOND_NS * 3 // 100
+    workers = [fleet.run(band=band) for band in (1, 0)]
+    assert workers == ["w1", "w0"], "a step of 150 tokens has 5 ms to go on w1; that of w0 ends about now"
+
+
 def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_worker_has_none() -> None:
     fleet = unlike_fleet()
     fleet.send(avoid=("w0",))
