@@ -16,6 +16,7 @@ import msgspec
 
 from gateway.departures import Departures
 from gateway.fit import StepFit
+from gateway.handover import Handover
 from gateway.lengths import AnswerLength
 from gateway.prefills import Prefill, Prefills
 
@@ -100,6 +101,7 @@ class EngineForecast:
         self._steps = 0
         """That have ended."""
         self._departures = Departures()
+        self._handover = Handover()
         self._running_tokens = -1
         """Of prompts, for which `_running_ns` was asked."""
         self._running_ns = 0.0
@@ -122,17 +124,21 @@ class EngineForecast:
         self._prefills.add(request, Prefill(tokens, step_tokens, is_running, answer))
         if is_running:
             self._began_ns = now_ns
+        elif not step_tokens:
+            self._handover.sent(request, now_ns)
         if answer is not None:
             self._expect_end(request, answer, self._steps + (1 if is_running else 2))
 
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
+        self._handover.started(request)
         prefill = self._prefills.start(request)
         if prefill is not None and prefill.answer is not None and prefill.answer.is_exact:
             self._expect_end(request, prefill.answer, self._steps + 1)
 
     def dropped(self, request: int) -> None:
         """The request has left the worker, before its prompt was computed or after."""
+        self._handover.dropped(request)
         self._prefills.forget(request)
         self._departures.leave(request)
 
@@ -148,6 +154,7 @@ class EngineForecast:
         began_ns = self._began_ns
         ran, self._running = self._running, running
         self._steps += 1
+        self._handover.stepped(now_ns)
         self._step_ns = None
         self._running_tokens = -1
         self._began_ns = None if is_idle and not self._prefills else now_ns
@@ -274,8 +281,22 @@ class EngineForecast:
         A step that should have ended is taken to be as far from its end: the later it is, the more likely it hangs.
         """
         token_ns = max(self._fit.slope, self._fit.base / STEP_TOKENS)
-        left = abs(self._remaining_ns(now_ns)) / token_ns if token_ns else self._prefills.in_step_tokens
-        return left + self.ahead_tokens(priority)
+        if not token_ns:
+            return self._prefills.in_step_tokens + self.ahead_tokens(priority)
+        left_ns = abs(self._remaining_ns(now_ns))
+        if self._began_ns is not None and left_ns < self._handover.needed_ns:
+            left_ns += self._missed_ns(priority)
+        return left_ns / token_ns + self.ahead_tokens(priority)
+
+    def _missed_ns(self, priority: int) -> float:
+        """What the next step takes, for a prompt that comes too late for it.
+
+        But for the prompts that it computes before that one anyway.
+        """
+        prompts_ns = 0.0
+        if not (priority or self._prefills.ahead_urgent_tokens):
+            prompts_ns = self.prompt_ns(min(self._part_tokens, self._prefills.ahead_tokens))
+        return self.step_ns() + prompts_ns
 
     def raw_ns(self, tokens: int, now_ns: int, priority: int = 0) -> int | None:
         """Time to the first token of a prompt that the worker would be given now.

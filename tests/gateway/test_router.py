@@ -146,9 +146,21 @@ def test_prompt_goes_where_its_first_token_is_sooner_though_more_answers_are_wri
 def test_urgent_prompt_goes_where_its_first_token_is_sooner_for_less() -> None:
     fleet = unlike_fleet()
     fleet.send(TEXT[:600], avoid=("w0",))
-    fleet.now_ns += SECOND_NS * 3 // 100
+    fleet.now_ns += SECOND_NS * 29 // 1_000
     workers = [fleet.run(band=band) for band in (1, 0)]
-    assert workers == ["w1", "w0"], "a step of 150 tokens has 5 ms to go on w1; that of w0 ends about now"
+    assert workers == ["w1", "w0"], "a step of 150 tokens has 6 ms to go on w1; that of w0 has one"
+
+
+def test_step_that_is_about_to_end_is_missed() -> None:
+    fleet = Fleet(2)
+    for name in ("w0", "w1"):
+        fleet.know(name)
+    fleet.send(TEXT[:400], avoid=("w1",))
+    fleet.send(TEXT[:800], avoid=("w0",))
+    fleet.now_ns += SECOND_NS * 299 // 10_000
+    assert fleet.run() == "w1", "w0 has a tenth of a millisecond to go, and then another step; w1 has ten"
+    fleet.now_ns -= SECOND_NS // 1_000
+    assert fleet.run() == "w0", "more than a millisecond is enough"
 
 
 def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_worker_has_none() -> None:

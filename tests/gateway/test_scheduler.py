@@ -81,7 +81,7 @@ def worker(name: str, slots: int = 4, **facts: object) -> Worker:
 def chosen(workers: list[Worker], ledger: Ledger, now_ns: int = 0, **facts: object) -> str | None:
     for each in workers:
         each.held = ledger.account(each.name)
-    route = choose(workers, ticket(0, **facts), 0, now_ns)
+    route = choose(workers, ticket(0, **facts), False, 0, now_ns)
     return route.worker.name if route is not None else None
 
 
