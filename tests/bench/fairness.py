@@ -8,10 +8,13 @@ there the bound is tight.
 
 What quiet tenants notice of an aggressive one is measured on the engine as its profile is: with the trace as it is,
 which fills it to about 15%, and to 42% with the aggressive tenant, and at SPEED times its speed, which fills it to 60%
-and 170%; then with as many workers as a small fleet has. Each of them has a dozen requests, so that its own p95 is that
-of its worst one: there is a verdict about all their requests together, and one about the tenant that has it worst.
-"Beside the others" is the trace without aggression: a tenant of short prompts alone has steps to itself that a shared
-engine does not make.
+and 170%; then on a small fleet, with the trace as many times as fast, so that it is as full. "Beside the others" is the
+trace without aggression: a tenant of short prompts alone has steps to itself that a shared engine does not make.
+
+Each of them has a dozen requests, so that its own p95 is that of its worst one, which meets the same prompts of others
+in each draw: there is a verdict about all their requests together, one about the tenant that has it worst, and one
+about the worst where it is drawn what meets what: each tenant is moved by a time of its own, round the end of the
+trace, and keeps its rhythm.
 
     python -m tests.bench.fairness [--trace arena_tenants.csv]
 
@@ -45,6 +48,8 @@ DRAWS = 3
 """How often the arrivals of the bands are drawn: one draw says little of a p95."""
 AGGRESSIVE_DRAWS = 12
 """How often those of the aggressive tenant are: the p95 of a quiet one is that of a dozen requests in each."""
+SHIFTS = 24
+"""How often the tenants are moved against each other: the p95 of a quiet one is that of some 300 requests."""
 QUIET_REQUESTS = 10
 """A tenant with fewer has no p95."""
 QUIET_TENANTS = 8
@@ -125,6 +130,15 @@ def multiply(arrivals: Sequence[Arrival], tenant: str, factor: int, seed: int = 
     return sorted([*arrivals, *copies], key=lambda arrival: arrival.at_ns)
 
 
+def shift(arrivals: Sequence[Arrival], seed: int) -> list[Arrival]:
+    """Each tenant's arrivals are moved by a time of its own; what passes the end comes at the start."""
+    draw = random.Random(seed)
+    span_ns = max(arrival.at_ns for arrival in arrivals) + 1
+    by_ns = {tenant: draw.randrange(span_ns) for tenant in sorted(_counts(arrivals))}
+    moved = [msgspec.structs.replace(one, at_ns=(one.at_ns + by_ns[one.tenant]) % span_ns) for one in arrivals]
+    return sorted(moved, key=lambda arrival: arrival.at_ns)
+
+
 def run(
     arrivals: Sequence[Arrival],
     slots: int,
@@ -163,7 +177,7 @@ def main() -> int:
     show_bound(speed_up(trace, SPEED))
     for workers in WORKERS:
         for speed in (1.0, SPEED):
-            show_quiet(speed_up(trace, speed), speed, workers)
+            show_quiet(speed_up(trace, speed * workers), speed * workers, workers)
     show_bands()
     return 0
 
@@ -194,21 +208,27 @@ def show_quiet(trace: Sequence[Arrival], speed: float, workers: int) -> None:
     beside, _ = play(trace)
     crowds = [multiply(trace, loudest, AGGRESSION, seed) for seed in range(1, AGGRESSIVE_DRAWS + 1)]
     crowded = [result for crowd in crowds for result in play(crowd)[0]]
+    shifts = [multiply(shift(trace, seed), loudest, AGGRESSION, seed) for seed in range(1, SHIFTS + 1)]
+    shifted = [result for crowd in shifts for result in play(crowd)[0]]
     report.console.print(
         f"quiet tenants, the trace at {speed:g}x on {workers} x {slots} sequences, p95 TTFT in ms: alone, "
-        f"beside the others, with {loudest} at {AGGRESSION}x (over alone)"
+        f"beside the others, with {loudest} at {AGGRESSION}x (over alone), the same where the tenants are moved"
     )
-    ratios = []
+    ratios, shifted_ratios = [], []
     for tenant in quiet:
-        own_s, others_s, all_s = (p95_s(results, tenant) * 1e3 for results in (alone, beside, crowded))
+        own_s, others_s, all_s, moved_s = (p95_s(results, tenant) for results in (alone, beside, crowded, shifted))
         ratios.append(all_s / own_s)
-        what = f"  {tenant} ({counts[tenant]} requests): {own_s:.0f}, {others_s:.0f}, {all_s:.0f}"
-        report.console.print(f"{what} ({ratios[-1]:.2f})")
+        shifted_ratios.append(moved_s / own_s)
+        report.console.print(
+            f"  {tenant} ({counts[tenant]} requests): {own_s * 1e3:.0f}, {others_s * 1e3:.0f}, "
+            f"{all_s * 1e3:.0f} ({ratios[-1]:.2f}), {moved_s * 1e3:.0f} ({shifted_ratios[-1]:.2f})"
+        )
     own_s, others_s, all_s = (p95_s(results, *quiet) for results in (alone, beside, crowded))
     where = f"with {loudest} at {AGGRESSION}x, the trace at {speed:g}x, workers: {workers}"
     besides = f"over {own_s * 1e3:.0f} ms alone (beside the others {others_s / own_s:.2f})"
     report.print_verdict(f"all {len(quiet)} together {where}, {besides}", all_s / own_s, QUIET_CEILING, at_most=True)
     report.print_verdict(f"the worst of them {where}", max(ratios), QUIET_CEILING, at_most=True)
+    report.print_verdict(f"the same, tenants moved {SHIFTS} times", max(shifted_ratios), QUIET_CEILING, at_most=True)
 
 
 def _counts(trace: Iterable[Arrival]) -> collections.Counter[str]:
