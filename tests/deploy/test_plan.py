@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,30 +61,32 @@ def test_asking_for_a_missing_vllm_says_what_to_do() -> None:
         choose_backend("vllm", "vllm", has_vllm=False)
 
 
-def test_port_in_use_is_named_with_the_flag_that_changes_it() -> None:
+def test_port_in_use_is_named_with_the_flag_that_changes_it(unused_tcp_port: int) -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
-        settings = UpSettings(port=taken.getsockname()[1])
+        settings = UpSettings(port=taken.getsockname()[1], operator_port=unused_tcp_port)
         with pytest.raises(ConfigError, match=rf"port {settings.port} .* gateway, is in use.*--port"):
             up.check_ports(plan(settings, "sim", None), settings)
 
 
-def test_two_parts_on_one_port_are_refused() -> None:
-    settings = UpSettings(port=9101, worker_port=9101)
-    with pytest.raises(ConfigError, match="worker-1 and gateway both want port 9101"):
+def test_two_parts_on_one_port_are_refused(unused_tcp_port_factory: Callable[[], int]) -> None:
+    port, operator_port = unused_tcp_port_factory(), unused_tcp_port_factory()
+    settings = UpSettings(port=port, worker_port=port, operator_port=operator_port)
+    with pytest.raises(ConfigError, match=f"worker-1 and gateway both want port {port}"):
         up.check_ports(plan(settings, "sim", None), settings)
 
 
-def test_address_of_another_machine_is_not_called_in_use() -> None:
-    settings = UpSettings(host="192.0.2.1", port=1)
+def test_address_of_another_machine_is_not_called_in_use(unused_tcp_port: int) -> None:
+    settings = UpSettings(host="192.0.2.1", port=1, operator_port=unused_tcp_port)
     with pytest.raises(ConfigError, match=r"gateway cannot listen on port 1 of 192\.0\.2\.1 .*--host") as refused:
         up.check_ports(plan(settings, "sim", None), settings)
     assert "in use" not in str(refused.value)
 
 
-def test_workers_beyond_the_last_port_are_refused() -> None:
-    settings = UpSettings(workers=2, worker_port=65535, port=22998, operator_port=22999)
+def test_workers_beyond_the_last_port_are_refused(unused_tcp_port_factory: Callable[[], int]) -> None:
+    port, operator_port = unused_tcp_port_factory(), unused_tcp_port_factory()
+    settings = UpSettings(workers=2, worker_port=65535, port=port, operator_port=operator_port)
     with pytest.raises(ConfigError, match=r"port 65536, wanted for worker-2, .*--worker-port"):
         up.check_ports(plan(settings, "sim", None), settings)
 
