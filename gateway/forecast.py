@@ -195,6 +195,11 @@ class EngineForecast:
     # -- what is expected
 
     @property
+    def handover_ns(self) -> float:
+        """So long before a step ends a prompt has to be sent to be in the next one."""
+        return self._handover.needed_ns
+
+    @property
     def unstarted_tokens(self) -> int:
         """Prompt tokens that it was given and that are not known to be computed."""
         return self._prefills.unstarted_tokens
@@ -284,7 +289,7 @@ class EngineForecast:
         if not token_ns:
             return self._prefills.in_step_tokens + self.ahead_tokens(priority)
         left_ns = abs(self._remaining_ns(now_ns))
-        if self._began_ns is not None and left_ns < self._handover.needed_ns:
+        if self._began_ns is not None and left_ns < self.handover_ns:
             left_ns += self._missed_ns(priority)
         return left_ns / token_ns + self.ahead_tokens(priority)
 

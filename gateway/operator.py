@@ -104,6 +104,7 @@ def _state(session: WorkerSession, fleet: Fleet, scheduler: Scheduler, now_ns: i
         last_error=session.last_error,
         leases=scheduler.ledger.held_by(address).requests,
         sequence_limit=worker.limit.value if worker else None,
+        handover_ns=int(worker.forecast.handover_ns) if worker else None,
         load=session.load,
         breaker=worker.breaker.state(now_ns) if worker else None,
         weight=worker.weight(now_ns) if worker else None,

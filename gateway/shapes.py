@@ -201,6 +201,8 @@ class WorkerState(msgspec.Struct, kw_only=True):
     leases: int
     sequence_limit: int | None
     """How many sequences it gets at once, at present."""
+    handover_ns: int | None
+    """How long before a step ends a prompt has to be sent to be in the next one, as learned."""
     load: Load
     breaker: Literal["closed", "open", "half-open"] | None
     weight: float | None
