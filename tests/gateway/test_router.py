@@ -123,11 +123,17 @@ def test_another_worker_caches_what_every_prompt_begins_with_before_the_first_ha
     assert workers.index("w1") <= 12
 
 
-def unlike_fleet() -> Fleet:
-    """Two workers whose steps are known: the first one writes ten answers, the other one has nothing to do."""
+def known_fleet() -> Fleet:
+    """Two workers whose steps are known."""
     fleet = Fleet(2)
     for name in ("w0", "w1"):
         fleet.know(name)
+    return fleet
+
+
+def unlike_fleet() -> Fleet:
+    """The same: the first one writes ten answers, the other one has nothing to do."""
+    fleet = known_fleet()
     for _ in range(10):
         fleet.send(avoid=("w1",))
     fleet.step("w0", after_ns=SECOND_NS // 50)
@@ -152,9 +158,7 @@ def test_urgent_prompt_goes_where_its_first_token_is_sooner_for_less() -> None:
 
 
 def test_step_that_is_about_to_end_is_missed() -> None:
-    fleet = Fleet(2)
-    for name in ("w0", "w1"):
-        fleet.know(name)
+    fleet = known_fleet()
     fleet.send(TEXT[:400], avoid=("w1",))
     fleet.send(TEXT[:800], avoid=("w0",))
     fleet.now_ns += SECOND_NS * 299 // 10_000
@@ -171,9 +175,7 @@ def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_work
 
 
 def test_step_that_should_have_ended_is_not_taken_to_end_now() -> None:
-    fleet = Fleet(2)
-    for name in ("w0", "w1"):
-        fleet.know(name)
+    fleet = known_fleet()
     fleet.send(TEXT[:4_000], avoid=("w1",))
     fleet.send(TEXT[:4_000], avoid=("w0",))
     fleet.start()
