@@ -93,6 +93,8 @@ class EngineForecast:
         self._prefills = Prefills(batch_tokens)
         self._began_ns: int | None = None
         """When the step that runs has begun; None while the worker is idle."""
+        self._token_ns = 0.0
+        """What a prompt token takes, to compare what is left of steps with prompts."""
         self._prefill_steps = 0
         self.is_known = False
         """Enough prompts have been seen to say anything."""
@@ -121,7 +123,7 @@ class EngineForecast:
     ) -> None:
         """The worker was given a prompt; `step_tokens` is `Submit.step_tokens`."""
         is_running = self._began_ns is None
-        self._prefills.add(request, Prefill(tokens, step_tokens, is_running, answer))
+        self._prefills.add(request, Prefill(tokens, step_tokens, is_running, now_ns, answer))
         if is_running:
             self._began_ns = now_ns
         elif not step_tokens:
@@ -131,7 +133,7 @@ class EngineForecast:
 
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
-        self._handover.started(request)
+        self._handover.started(request, self._steps)
         prefill = self._prefills.start(request)
         if prefill is not None and prefill.answer is not None and prefill.answer.is_exact:
             self._expect_end(request, prefill.answer, self._steps + 1)
@@ -154,16 +156,17 @@ class EngineForecast:
         began_ns = self._began_ns
         ran, self._running = self._running, running
         self._steps += 1
-        self._handover.stepped(now_ns)
+        self._handover.stepped(now_ns, self._steps)
         self._step_ns = None
         self._running_tokens = -1
         self._began_ns = None if is_idle and not self._prefills else now_ns
-        tokens = self._prefills.step(ran)
+        tokens = self._prefills.step(ran, now_ns if is_idle else now_ns - int(self.handover_ns))
         if began_ns is None:
             return None
         duration_ns = step_ns or now_ns - began_ns
         if tokens is not None:
             self._fit.add(tokens, ran, duration_ns)
+            self._token_ns = max(self._fit.slope, self._fit.base / STEP_TOKENS)
             self._prefill_steps += tokens > 0
             self.is_known = self._prefill_steps >= WARM
             self._find_most()
@@ -207,6 +210,11 @@ class EngineForecast:
     def ahead_tokens(self, priority: int) -> int:
         """Prompt tokens that steps after the running one compute before another prompt of that priority."""
         return self._prefills.ahead_tokens if priority else self._prefills.ahead_urgent_tokens
+
+    @property
+    def joining(self) -> int:
+        """Prompts that the step after the running one computes whole: one more delays their first tokens."""
+        return self._prefills.joining
 
     def is_next_full(self, priority: int) -> bool:
         """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
@@ -278,6 +286,9 @@ class EngineForecast:
         if tokens != self._running_tokens:
             self._running_tokens = tokens
             self._running_ns = self._fit.predict(tokens, self._running)
+            beyond = tokens - self._fit.most_x
+            if beyond > 0:
+                self._running_ns += self._fit.slope * beyond
         return self._began_ns + self._running_ns - now_ns
 
     def before_tokens(self, priority: int, now_ns: int) -> float:
@@ -285,13 +296,18 @@ class EngineForecast:
 
         A step that should have ended is taken to be as far from its end: the later it is, the more likely it hangs.
         """
-        token_ns = max(self._fit.slope, self._fit.base / STEP_TOKENS)
-        if not token_ns:
-            return self._prefills.in_step_tokens + self.ahead_tokens(priority)
-        left_ns = abs(self._remaining_ns(now_ns))
-        if self._began_ns is not None and left_ns < self.handover_ns:
-            left_ns += self._missed_ns(priority)
-        return left_ns / token_ns + self.ahead_tokens(priority)
+        ahead = self.ahead_tokens(priority)
+        if not self._token_ns:
+            return self._prefills.in_step_tokens + ahead
+        if self._began_ns is None:
+            return ahead
+        return self._wait_ns(abs(self._remaining_ns(now_ns)), priority) / self._token_ns + ahead
+
+    def _wait_ns(self, left_ns: float, priority: int) -> float:
+        """Time until the step of a new prompt begins, where so much is left of the running one."""
+        if self._began_ns is None or left_ns >= self._handover.needed_ns:
+            return left_ns
+        return left_ns + self._missed_ns(priority)
 
     def _missed_ns(self, priority: int) -> float:
         """What the next step takes, for a prompt that comes too late for it.
@@ -318,7 +334,7 @@ class EngineForecast:
         beyond = ahead - self._fit.most_x
         if beyond > 0:
             own_ns += self._fit.slope * beyond
-        raw_ns = int(self._left_ns(now_ns) + own_ns)
+        raw_ns = int(self._wait_ns(self._left_ns(now_ns), priority) + own_ns)
         return raw_ns if raw_ns > LEAST_NS else LEAST_NS
 
     def corrected_ns(self, raw_ns: int) -> int:

@@ -16,8 +16,6 @@ GROWTH = 1.2
 class Handover:
     def __init__(self) -> None:
         self.needed_ns = FIRST_NS
-        self._steps = 0
-        """That have ended."""
         self._sent: dict[int, int] = {}
         """Requests that were sent during the running step, and when."""
         self._early: dict[int, tuple[int, int]] = {}
@@ -27,20 +25,20 @@ class Handover:
         """An urgent prompt, while a step runs: it is computed in the next one, if it comes in time."""
         self._sent[request] = now_ns
 
-    def stepped(self, now_ns: int) -> None:
-        self._steps += 1
+    def stepped(self, now_ns: int, step: int) -> None:
+        """A step has ended, the one of that number."""
         if self._sent:
             for request, sent_ns in self._sent.items():
-                self._early[request] = (now_ns - sent_ns, self._steps)
+                self._early[request] = (now_ns - sent_ns, step)
             self._sent.clear()
 
-    def started(self, request: int) -> None:
-        """Its first token has come, in the frame of the step that is now ending."""
+    def started(self, request: int, step: int) -> None:
+        """Its first token has come, in the frame of the step after the one of that number."""
         early = self._early.pop(request, None)
         if early is None:
             return
-        early_ns, step = early
-        was_in_time, was_expected = step == self._steps, early_ns >= self.needed_ns
+        early_ns, sent_in = early
+        was_in_time, was_expected = sent_in == step, early_ns >= self.needed_ns
         if was_expected and not was_in_time:
             self.needed_ns *= GROWTH
         elif was_in_time and not was_expected:

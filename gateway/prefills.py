@@ -19,6 +19,7 @@ class Prefill(msgspec.Struct, gc=False):
     """`Submit.step_tokens`: above 0 it makes way."""
     is_running: bool
     """It was there when the running step began."""
+    sent_ns: int
     answer: AnswerLength | None = None
     is_begun: bool = False
     """A part of it is computed."""
@@ -51,6 +52,8 @@ class Prefills:
         """What steps after the running one compute before another prompt that makes way."""
         self.ahead_urgent_tokens = 0
         """And before one that is computed whole."""
+        self.joining = 0
+        """Prompts that are computed whole and that wait for the step after the running one."""
 
     def __bool__(self) -> bool:
         return bool(self._prefills)
@@ -59,6 +62,7 @@ class Prefills:
 
     def add(self, request: int, prefill: Prefill) -> None:
         self._prefills[request] = prefill
+        self.joining += not (prefill.is_running or prefill.step_tokens)
         self._part_tokens = max(self._part_tokens, prefill.step_tokens)
         self._count(prefill, prefill.tokens)
 
@@ -73,18 +77,24 @@ class Prefills:
         """It is no prompt that waits here any more; None where it was none."""
         prefill = self._prefills.pop(request, None)
         if prefill is not None:
+            self.joining -= not (prefill.is_running or prefill.step_tokens)
             self._count(prefill, -prefill.tokens)
         return prefill
 
-    def step(self, decodes: int) -> int | None:
-        """A step of so many answers has ended: the tokens that it computed of prompts; None where nobody knows."""
+    def step(self, decodes: int, in_time_ns: int) -> int | None:
+        """A step of so many answers has ended: the tokens that it computed of prompts; None where nobody knows.
+
+        Prompts that were sent after `in_time_ns` came too late for the one that now begins.
+        """
         if not (self._started or self._prefills):
             return 0
         started, self._started = self._started, []
-        unfinished, most = [], 0
+        unfinished, late, most = [], [], 0
         for prefill in self._prefills.values():
             if prefill.is_running:
                 unfinished.append(prefill)
+            elif prefill.sent_ns > in_time_ns:
+                late.append(prefill)
             prefill.is_running = True
             if prefill.step_tokens > most:
                 most = prefill.step_tokens
@@ -97,9 +107,19 @@ class Prefills:
         if went_on:
             self._sat_out = 0
         self._part_tokens = most
-        self._joined_tokens, self._joined_urgent = self.unstarted_tokens, self._urgent_tokens
+        self._joined_tokens, self._joined_urgent, self.joining = self.unstarted_tokens, self._urgent_tokens, 0
+        for prefill in late:
+            self._leave_out(prefill)
         self._note_step()
         return tokens + part if part is not None and is_known else None
+
+    def _leave_out(self, prefill: Prefill) -> None:
+        """It waits for the step after the running one."""
+        prefill.is_running = False
+        self._joined_tokens -= prefill.tokens
+        if not prefill.step_tokens:
+            self._joined_urgent -= prefill.tokens
+            self.joining += 1
 
     def _count(self, prefill: Prefill, tokens: int) -> None:
         is_urgent = not prefill.step_tokens

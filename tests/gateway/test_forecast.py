@@ -95,6 +95,27 @@ def test_the_first_token_follows_the_rest_of_the_running_step() -> None:
     assert steps.forecast.raw_ns(200, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
 
 
+def test_a_prompt_that_comes_too_late_for_the_next_step_waits_for_all_of_it() -> None:
+    steps = warm()
+    steps.give(500)
+    late_ns = steps.now_ns + STEP_MS * MS - int(steps.forecast.handover_ns) // 2
+    expected_ms = STEP_MS + STEP_MS + TOKEN_MS * (500 + 200)
+    assert steps.forecast.raw_ns(200, late_ns) == pytest.approx(expected_ms * MS, rel=0.03)
+    steps.forecast.placed(9_999, 200, late_ns)
+    steps.step()  # the step of the 500 begins, without it
+    assert steps.forecast.joining == 1
+    expected_ms = STEP_MS + TOKEN_MS * 500 + STEP_MS + TOKEN_MS * (200 + 100)
+    assert steps.forecast.raw_ns(100, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
+
+
+def test_what_is_left_of_a_step_of_more_than_was_ever_seen_is_known() -> None:
+    steps = warm(tokens=100)
+    expected_ms = STEP_MS + TOKEN_MS * 400 + STEP_MS + TOKEN_MS * 50
+    steps.give(400)
+    steps.step()
+    assert steps.forecast.raw_ns(50, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.03)
+
+
 def test_a_prompt_far_larger_than_any_seen_is_not_guessed() -> None:
     steps = warm(tokens=100)
     expected_ms = 2 * STEP_MS + TOKEN_MS * 200

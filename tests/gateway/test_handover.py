@@ -16,11 +16,11 @@ def run(handover: Handover, needed_ns: float, prompts: int, late_share: float = 
     for request in range(prompts):
         early_ns = draw.randrange(STEP_NS)
         handover.sent(request, 0)
-        handover.stepped(early_ns)
-        if early_ns < needed_ns or draw.random() < late_share:
-            handover.stepped(early_ns + STEP_NS)
-        handover.started(request)
-        handover.stepped(early_ns + 2 * STEP_NS)
+        handover.stepped(early_ns, step=1)
+        is_late = early_ns < needed_ns or draw.random() < late_share
+        if is_late:
+            handover.stepped(early_ns + STEP_NS, step=2)
+        handover.started(request, step=1 + is_late)
 
 
 @pytest.mark.parametrize("needed_ms", [0.2, 0.5, 2, 10])
@@ -45,14 +45,14 @@ def test_wire_that_takes_no_time_leaves_a_little() -> None:
 
 def test_prompts_that_say_nothing_change_nothing() -> None:
     handover = Handover()
-    handover.started(1)  # of an idle worker
+    handover.started(1, step=1)  # of an idle worker
     handover.sent(2, 0)
-    handover.stepped(STEP_NS // 2)
+    handover.stepped(STEP_NS // 2, step=1)
     handover.dropped(2)
     handover.sent(3, STEP_NS)
     handover.dropped(3)
     for step in range(2, 5):
-        handover.stepped(step * STEP_NS)
+        handover.stepped(step * STEP_NS, step)
     for request in (2, 3):
-        handover.started(request)
+        handover.started(request, step=4)
     assert handover.needed_ns == FIRST_NS

@@ -30,7 +30,7 @@ def test_the_tokens_of_a_step_are_known_without_asking(seed: int, rate: float, l
                 step_tokens=step_tokens,
                 now_ns=now_ns,
             )
-            prefills.add(number, Prefill(tokens, step_tokens, is_running=True))
+            prefills.add(number, Prefill(tokens, step_tokens, is_running=True, sent_ns=now_ns))
         decodes = _decodes(engine)
         expected = prefills.in_step_tokens
         step = engine.step(now_ns)
@@ -40,7 +40,7 @@ def test_the_tokens_of_a_step_are_known_without_asking(seed: int, rate: float, l
         for sequence in step.tokens:
             if sequence.generated == 1:
                 prefills.start(sequence.owner)
-        computed = prefills.step(decodes)
+        computed = prefills.step(decodes, in_time_ns=now_ns)
         assert computed == step.work.prefill_tokens
         assert expected >= computed, "as much, or less where answers take some of a full step"
         in_parts += 0 < computed < BATCH and bool(prefills)
