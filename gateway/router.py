@@ -1,10 +1,10 @@
 """Which worker runs a request: the one where it adds the least delay, of those that serve its model and have room.
 
-Cost of a placement = (uncached + decode) * batch + weight * (ahead + uncached), in tokens. The prompt tokens that the
-worker does not have cached hold up every sequence of the batch; each token of the answer is made in steps that are the
-longer the larger the batch is; and the first token waits for what the worker does before, and for its own prompt, which
-weighs the more where it is urgent. What is ahead keeps a worker that has what everybody's prompt begins with from
-getting everybody.
+Cost of a placement = uncached * (batch + delay) + decode * batch + weight * (ahead + uncached), in tokens. The prompt
+tokens that the worker does not have cached hold up every sequence of the batch, and the more those that wait for their
+first token in the same step; each token of the answer is made in steps that are the longer the larger the batch is; and
+the first token waits for what the worker does before, and for its own prompt, which weighs the more where it is urgent.
+What is ahead keeps a worker that has what everybody's prompt begins with from getting everybody.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def choose(workers: Iterable[Worker], ticket: Ticket, is_urgent: bool, priority:
         batch = worker.held.sequences
         uncached = ticket.input_tokens - route.cached_tokens + 1
         first = worker.forecast.before_tokens(priority, now_ns) + uncached
-        cost = (uncached + ticket.output_tokens) * batch + weight * first
+        delayed = 0 if priority else FIRST_TOKEN_WEIGHT * worker.forecast.joining
+        cost = uncached * (batch + delayed) + ticket.output_tokens * batch + weight * first
         # A worker with more slots is a faster one, as far as anybody here knows.
         speed = worker.model.max_sequences * worker.weight(now_ns)
         distance = 0 if ticket.session is None else _distance(ticket, worker)

@@ -174,6 +174,16 @@ def test_prompts_that_come_at_once_do_not_wait_for_each_other_while_another_work
     assert collections.Counter(burst) == {"w0": 3, "w1": 3}
 
 
+def test_long_prompt_does_not_go_where_others_would_wait_for_it() -> None:
+    fleet = known_fleet()
+    fleet.send(TEXT[:400], avoid=("w1",))
+    fleet.send(TEXT[:1_200], avoid=("w0",))
+    fleet.now_ns += SECOND_NS // 500
+    fleet.send(avoid=("w1",))
+    assert fleet.run() == "w0", "its step ends 20 ms sooner"
+    assert fleet.run(TEXT[200_000:204_000]) == "w1", "the one that waits for w0 would wait 100 ms more"
+
+
 def test_step_that_should_have_ended_is_not_taken_to_end_now() -> None:
     fleet = known_fleet()
     fleet.send(TEXT[:4_000], avoid=("w1",))
