@@ -231,6 +231,8 @@ def main(arguments: Sequence[str], loads: Sequence[float], seed: int) -> int:
     parser.add_argument("--rounds", type=int, default=1, help="how often each load has its turn")
     parser.add_argument("--capacity", action="store_true", help="find the capacity first, and begin a new sweep")
     options = parser.parse_args(arguments)
+    if options.capacity and options.path != "direct":
+        parser.error("--capacity floods the server, and the gateway would refuse most of it: add it to --path direct")
     sweep = overload.load_sweeps().get("real")
     if sweep is None and not options.capacity:
         sys.exit("the capacity is not known yet: add --capacity")
