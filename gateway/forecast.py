@@ -82,8 +82,10 @@ class EngineForecast:
     The worker reports each step when it ends; the next one begins at once with what it was given by then.
     """
 
-    def __init__(self, batch_tokens: int = 8192) -> None:
+    def __init__(self, batch_tokens: int = 8192, *, makes_way: bool = True) -> None:
+        """`makes_way` is `ModelInfo.makes_way`: without it all prompts are computed whole."""
         self._batch_tokens = batch_tokens
+        self._makes_way = makes_way
         self._enough_tokens = float(batch_tokens)
         """Of prompts, for a step."""
         self._part_tokens = batch_tokens // UNKNOWN_PARTS
@@ -187,7 +189,7 @@ class EngineForecast:
 
         They take about `PART_STEPS` times what a step takes that computes nothing, or a part of that.
         """
-        return (self._part_tokens // priority or 1) if priority else 0
+        return (self._part_tokens // priority or 1) if priority and self._makes_way else 0
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
         if answer.is_exact:
@@ -218,13 +220,13 @@ class EngineForecast:
 
     def is_next_full(self, priority: int) -> bool:
         """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
-        if priority:
+        if priority and self._makes_way:
             return self._prefills.ahead_tokens * priority >= PARTS_AHEAD * self._part_tokens
         return self._prefills.ahead_urgent_tokens >= self._enough_tokens
 
     def _steps_of(self, tokens: int, priority: int) -> int:
         """That compute so many prompt tokens."""
-        most = self.step_tokens(priority) if priority else self._batch_tokens
+        most = self.step_tokens(priority) or self._batch_tokens
         return 1 if tokens <= most else math.ceil(tokens / most)
 
     def pending_ns(self) -> float:
@@ -259,9 +261,8 @@ class EngineForecast:
 
     def prompt_steps(self, tokens: float, priority: int) -> float:
         """Steps after the running one, given enough prompts each, until so many more tokens are computed."""
-        if not priority:
-            return (self._prefills.ahead_urgent_tokens + tokens) / self._enough_tokens
-        return (self._prefills.ahead_tokens + tokens) / min(self._enough_tokens, self.step_tokens(priority))
+        most = min(self._enough_tokens, self.step_tokens(priority) or self._enough_tokens)
+        return (self.ahead_tokens(priority) + tokens) / most
 
     def after_step_ns(self, tokens: int, priority: int) -> int | None:
         """Time to the first token of a prompt that the worker is given when a step ends: the next one is without it.

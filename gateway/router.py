@@ -132,7 +132,8 @@ def choose(workers: Iterable[Worker], ticket: Ticket, is_urgent: bool, priority:
         batch = worker.held.sequences
         uncached = ticket.input_tokens - route.cached_tokens + 1
         first = worker.forecast.before_tokens(priority, now_ns) + uncached
-        delayed = 0 if priority else FIRST_TOKEN_WEIGHT * worker.forecast.joining
+        makes_way = priority and worker.model.makes_way
+        delayed = 0 if makes_way else FIRST_TOKEN_WEIGHT * worker.forecast.joining
         cost = uncached * (batch + delayed) + ticket.output_tokens * batch + weight * first
         # A worker with more slots is a faster one, as far as anybody here knows.
         speed = worker.model.max_sequences * worker.weight(now_ns)

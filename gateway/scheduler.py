@@ -442,7 +442,7 @@ class Scheduler:
             is_new=any(now_ns - worker.joined_ns > router.WARM_UP_NS for worker in self._workers.values()),
             prefixes=memory.prefixes,
             breaker=memory.breaker,
-            forecast=EngineForecast(model.max_batch_tokens),
+            forecast=EngineForecast(model.max_batch_tokens, makes_way=model.makes_way),
             pace=Pace(self._token_target_ns),
             held=self.ledger.account(name),
         )

@@ -271,6 +271,7 @@ class SimBackend:
             dtype="none",
             profile=settings.profile,
             adapters=tuple(settings.lora),
+            makes_way=settings.makes_way,
         )
 
 

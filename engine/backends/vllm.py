@@ -56,6 +56,7 @@ from protos.core.errors import ConfigError, InvalidRequest
 
 _log = logging.getLogger("tidegate.engine")
 
+OUR_SCHEDULERS = "engine.backends"
 CPU_KV_CACHE_GIB = 2.0
 LIVENESS_S = 0.5
 CONTEXT_PARAMETERS = ("input_tokens", "input_text")
@@ -341,16 +342,21 @@ def _nothing() -> None:
 
 def _choose_scheduler(config: Any, settings: EngineSettings) -> None:
     """By name: vLLM makes it in its engine process, which finds there what the environment tells it."""
-    module, prefix = "vllm_scheduler", "Yielding"
+    module, prefix = f"{OUR_SCHEDULERS}.vllm_scheduler", "Yielding"
     if settings.step_log:
         path = Path(settings.step_log)
         step_log.create(path)
         os.environ[STEP_LOG] = str(path.absolute())
-        module, prefix = "vllm_step_log", "Logged"
+        module, prefix = f"{OUR_SCHEDULERS}.vllm_step_log", "Logged"
     elif config.scheduler_config.scheduler_cls is not None or not settings.makes_way:
         return
     kind = "AsyncScheduler" if config.scheduler_config.async_scheduling else "Scheduler"
-    config.scheduler_config.scheduler_cls = f"engine.backends.{module}.{prefix}{kind}"
+    config.scheduler_config.scheduler_cls = f"{module}.{prefix}{kind}"
+
+
+def _makes_way(scheduler_config: Any, settings: EngineSettings) -> bool:
+    """Once a scheduler is chosen."""
+    return settings.makes_way and str(scheduler_config.scheduler_cls).startswith(OUR_SCHEDULERS)
 
 
 def _start_engine(make: Any, config: Any, recorder: LoadRecorder) -> Any:
@@ -475,6 +481,7 @@ def _model_info(settings: EngineSettings, engine: Any) -> ModelInfo:
         tensor_parallel=settings.tensor_parallel_size,
         profile=settings.profile,
         adapters=tuple(settings.lora),
+        makes_way=_makes_way(scheduler, settings),
     )
 
 

@@ -114,6 +114,8 @@ class ModelInfo(msgspec.Struct, frozen=True, kw_only=True):
     profile: str = ""
     adapters: tuple[str, ...] = ()
     """Those of `names` that are LoRA adapters of the first."""
+    makes_way: bool = True
+    """It heeds `Submit.step_tokens`."""
 
 
 class Welcome(msgspec.Struct, frozen=True, kw_only=True):

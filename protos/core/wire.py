@@ -358,6 +358,7 @@ def _model_to_pb(model: ModelInfo) -> pb.ModelInfo:
         tensor_parallel=model.tensor_parallel,
         profile=model.profile,
         adapters=model.adapters,
+        makes_way=model.makes_way,
     )
 
 
@@ -379,6 +380,7 @@ def _model_from_pb(message: pb.ModelInfo) -> ModelInfo:
         tensor_parallel=message.tensor_parallel,
         profile=message.profile,
         adapters=tuple(message.adapters),
+        makes_way=message.makes_way,
     )
 
 

@@ -169,7 +169,7 @@ class GetModelInfoRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class ModelInfo(_message.Message):
-    __slots__ = ("names", "backend", "backend_version", "simulated", "context_tokens", "max_sequences", "max_batch_tokens", "kv_blocks", "kv_block_tokens", "has_chat_template", "device", "dtype", "quantization", "tensor_parallel", "profile", "adapters")
+    __slots__ = ("names", "backend", "backend_version", "simulated", "context_tokens", "max_sequences", "max_batch_tokens", "kv_blocks", "kv_block_tokens", "has_chat_template", "device", "dtype", "quantization", "tensor_parallel", "profile", "adapters", "makes_way")
     NAMES_FIELD_NUMBER: _ClassVar[int]
     BACKEND_FIELD_NUMBER: _ClassVar[int]
     BACKEND_VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -186,6 +186,7 @@ class ModelInfo(_message.Message):
     TENSOR_PARALLEL_FIELD_NUMBER: _ClassVar[int]
     PROFILE_FIELD_NUMBER: _ClassVar[int]
     ADAPTERS_FIELD_NUMBER: _ClassVar[int]
+    MAKES_WAY_FIELD_NUMBER: _ClassVar[int]
     names: _containers.RepeatedScalarFieldContainer[str]
     backend: str
     backend_version: str
@@ -202,7 +203,8 @@ class ModelInfo(_message.Message):
     tensor_parallel: int
     profile: str
     adapters: _containers.RepeatedScalarFieldContainer[str]
-    def __init__(self, names: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., backend_version: _Optional[str] = ..., simulated: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., profile: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ...) -> None: ...
+    makes_way: bool
+    def __init__(self, names: _Optional[_Iterable[str]] = ..., backend: _Optional[str] = ..., backend_version: _Optional[str] = ..., simulated: _Optional[bool] = ..., context_tokens: _Optional[int] = ..., max_sequences: _Optional[int] = ..., max_batch_tokens: _Optional[int] = ..., kv_blocks: _Optional[int] = ..., kv_block_tokens: _Optional[int] = ..., has_chat_template: _Optional[bool] = ..., device: _Optional[str] = ..., dtype: _Optional[str] = ..., quantization: _Optional[str] = ..., tensor_parallel: _Optional[int] = ..., profile: _Optional[str] = ..., adapters: _Optional[_Iterable[str]] = ..., makes_way: _Optional[bool] = ...) -> None: ...
 
 class Accepted(_message.Message):
     __slots__ = ("slot", "received_ns")

@@ -344,6 +344,9 @@ async def test_prompts_that_yield_are_computed_in_small_parts_and_urgent_ones_wh
     yielding = submit(1, TokenPrompt(tuple(range(20_000, 20_400))), max_tokens=2, ignore_eos=True)
     urgent = submit(2, TokenPrompt(tuple(range(21_000, 21_300))), max_tokens=2, ignore_eos=True)
     async with connect(address) as peer:
+        welcome = peer.frames[0].welcome
+        assert welcome is not None
+        assert welcome.model.makes_way
         await peer.ask(msgspec.structs.replace(yielding, priority=1, step_tokens=16), urgent)
     after = step_log.read(step_log_path)
     prefills = [step.work.prefill_tokens for step in after.steps[len(before.steps) :] if step.work.prefill_tokens]

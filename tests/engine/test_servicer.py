@@ -191,6 +191,14 @@ async def test_model_info_and_reflection_answer(worker: Running) -> None:
     assert wire.SERVICE in {service.name for service in services}
 
 
+async def test_worker_says_that_its_prompts_make_no_way() -> None:
+    settings = EngineSettings(backend="sim", port=0, profile="test", makes_way=False)
+    async with running_worker(settings, SimBackend(settings)) as running, connect(running.address) as peer:
+        welcome = peer.frames[0].welcome
+        assert welcome is not None
+        assert not welcome.model.makes_way
+
+
 async def test_port_in_use_is_one_line(worker: Running) -> None:
     settings = EngineSettings(backend="sim", port=worker.worker.port)
     second = Worker(settings, SimBackend(settings))

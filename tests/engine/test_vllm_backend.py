@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 
-from engine.backends.vllm import VllmBackend, _set_environment
+from engine.backends.vllm import VllmBackend, _choose_scheduler, _makes_way, _set_environment
 from engine.backends.vllm_load import LoadRecorder
 from engine.outbox import MAX_ROWS
 from engine.settings import EngineSettings
@@ -68,6 +69,27 @@ def test_step_is_as_long_as_the_engine_says_however_late_its_statistics_are_read
     assert record(90, 0.02, 0.3) == 20_000_000, "one of them was preempted"
     assert record(91, 0.02, 0.02, running=0) == 20_000_000
     assert record(500) == 0, "nobody knows when it began"
+
+
+@pytest.mark.parametrize(
+    ("settings", "theirs", "makes_way"),
+    [
+        (EngineSettings(), None, True),
+        (EngineSettings(makes_way=False), None, False),
+        (EngineSettings(), "their.Scheduler", False),
+        (EngineSettings(step_log="steps.jsonl"), None, True),
+        (EngineSettings(step_log="steps.jsonl", makes_way=False), None, False),
+    ],
+    ids=["ours", "turned-off", "theirs", "logged", "logged-and-turned-off"],
+)
+def test_prompts_make_way_where_the_scheduler_is_ours(
+    settings: EngineSettings, theirs: str | None, makes_way: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    scheduler = SimpleNamespace(scheduler_cls=theirs, async_scheduling=False)
+    with mock.patch.dict(os.environ):
+        _choose_scheduler(SimpleNamespace(scheduler_config=scheduler), settings)
+    assert _makes_way(scheduler, settings) == makes_way
 
 
 @pytest.mark.vllm

@@ -51,8 +51,8 @@ class Steps:
         self._running, self._placed = self._placed, []
 
 
-def warm(tokens: int = 1_000, *, step_ms: float = STEP_MS, token_ms: float = TOKEN_MS) -> Steps:
-    steps = Steps(EngineForecast(), step_ms=step_ms, token_ms=token_ms)
+def warm(tokens: int = 1_000, *, step_ms: float = STEP_MS, token_ms: float = TOKEN_MS, makes_way: bool = True) -> Steps:
+    steps = Steps(EngineForecast(makes_way=makes_way), step_ms=step_ms, token_ms=token_ms)
     draw = random.Random(1)
     steps.give(tokens)
     for _ in range(10 * WARM):
@@ -197,6 +197,19 @@ def test_prompts_that_make_way_take_a_few_times_a_step(step_ms: float, token_ms:
     assert steps.forecast.step_tokens(2) == max(1, steps.forecast.step_tokens(1) // 2)
     for priority in (1, 2, 3):
         assert not steps.forecast.is_next_full(priority), "the worker has nothing to do"
+
+
+def test_prompts_that_make_no_way_are_computed_whole() -> None:
+    steps = warm(makes_way=False)
+    forecast = steps.forecast
+    assert forecast.step_tokens(1) == 0
+    steps.give(500)
+    for priority in (1, 2):
+        assert forecast.raw_ns(1_000, steps.now_ns, priority) == forecast.raw_ns(1_000, steps.now_ns)
+        assert forecast.after_step_ns(1_000, priority) == forecast.after_step_ns(1_000, 0)
+        assert forecast.prompt_steps(1_000, priority) == forecast.prompt_steps(1_000, 0)
+    steps.give(int(ENOUGH_STEPS * STEP_MS / TOKEN_MS))
+    assert forecast.is_next_full(1)
 
 
 def test_before_anything_is_known_a_step_is_given_what_it_can_compute() -> None:

@@ -259,6 +259,14 @@ def test_lower_bands_get_less_of_a_step() -> None:
     assert parts == [0, 0, 2048 // UNKNOWN_PARTS // 2, 2048 // UNKNOWN_PARTS // 3]
 
 
+def test_worker_whose_prompts_make_no_way_is_not_asked_for_it() -> None:
+    scheduler = Scheduler()
+    scheduler.worker_joined("w", model_info(names=("a",), max_sequences=32, makes_way=False))
+    for band in range(4):
+        scheduler.enqueue(ticket(band, band=band, input_tokens=500))
+    assert [(one.priority, one.step_tokens) for one in scheduler.place(0).placed] == [(0, 0), (0, 0), (2, 0), (3, 0)]
+
+
 def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> None:
     scheduler = scheduler_with("w", slots=32)
     scheduler.enqueue(ticket(0))
@@ -278,10 +286,11 @@ def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int |
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
     assert placed(scheduler.place(0)) == [9, 0, 1], "one in the step that begins, and the next of 2048 tokens is full"
     assert placed(scheduler.place(0)) == []
-    scheduler.started(9, 1)
+    later_ns = 20_000_000
+    scheduler.started(9, later_ns)
     scheduler.worker_reported("w", Load(running=3), is_draining=False)
-    scheduler.stepped("w", 1)
-    assert placed(scheduler.place(1)) == [2], "of 3000 tokens the running step leaves 952"
+    scheduler.stepped("w", later_ns)
+    assert placed(scheduler.place(later_ns)) == [2], "of 3000 tokens the running step leaves 952"
 
 
 def test_full_workers_do_not_send_anybody_to_a_broken_one() -> None:

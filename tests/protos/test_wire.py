@@ -136,6 +136,8 @@ models = st.builds(
     quantization=text,
     tensor_parallel=u32,
     profile=text,
+    adapters=tuples_of(text),
+    makes_way=st.booleans(),
 )
 deltas = st.builds(
     Deltas,
