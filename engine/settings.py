@@ -42,7 +42,8 @@ class EngineSettings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     max_num_batched_tokens: Positive | None = None
     makes_way: bool = True
     """Long prompts make way for urgent ones where the gateway says so. vLLM's scheduler is extended for that, as it is
-    in the version that Tidegate installs: false leaves it as it is."""
+    in the version that Tidegate installs: false leaves it as it is, and the gateway reckons with prompts that are
+    computed whole. The same goes for a `scheduler_cls` of your own."""
 
     dtype: str = "auto"
     """"auto" is the model's own, but on a CPU float32 for the default model, and where bf16 is emulated."""

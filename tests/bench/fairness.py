@@ -14,7 +14,9 @@ trace without aggression: a tenant of short prompts alone has steps to itself th
 Each of them has a dozen requests, so that its own p95 is that of its worst one, which meets the same prompts of others
 in each draw: there is a verdict about all their requests together, one about the tenant that has it worst, and one
 about the worst where it is drawn what meets what: each tenant is moved by a time of its own, round the end of the
-trace, and keeps its rhythm.
+trace, and keeps its rhythm. For each tenant that misses then, and where the workers are not overfull, the same is told
+with prompts of one token of all others: the rest of the running step and the answers in its own are left, and no order
+of prompts mends those.
 
     python -m tests.bench.fairness [--trace arena_tenants.csv]
 
@@ -139,6 +141,11 @@ def shift(arrivals: Sequence[Arrival], seed: int) -> list[Arrival]:
     return sorted(moved, key=lambda arrival: arrival.at_ns)
 
 
+def silence(arrivals: Iterable[Arrival], tenant: str) -> list[Arrival]:
+    """The prompts of all others are one token; their answers are what they were."""
+    return [one if one.tenant == tenant else msgspec.structs.replace(one, prompt_tokens=1) for one in arrivals]
+
+
 def run(
     arrivals: Sequence[Arrival],
     slots: int,
@@ -214,7 +221,7 @@ def show_quiet(trace: Sequence[Arrival], speed: float, workers: int) -> None:
         f"quiet tenants, the trace at {speed:g}x on {workers} x {slots} sequences, p95 TTFT in ms: alone, "
         f"beside the others, with {loudest} at {AGGRESSION}x (over alone), the same where the tenants are moved"
     )
-    ratios, shifted_ratios = [], []
+    ratios, shifted_ratios, hindered = [], [], []
     for tenant in quiet:
         own_s, others_s, all_s, moved_s = (p95_s(results, tenant) for results in (alone, beside, crowded, shifted))
         ratios.append(all_s / own_s)
@@ -223,6 +230,11 @@ def show_quiet(trace: Sequence[Arrival], speed: float, workers: int) -> None:
             f"  {tenant} ({counts[tenant]} requests): {own_s * 1e3:.0f}, {others_s * 1e3:.0f}, "
             f"{all_s * 1e3:.0f} ({ratios[-1]:.2f}), {moved_s * 1e3:.0f} ({shifted_ratios[-1]:.2f})"
         )
+        if shifted_ratios[-1] > QUIET_CEILING and speed <= workers:
+            least_s = p95_s([result for crowd in shifts for result in play(silence(crowd, tenant))[0]], tenant)
+            hindered.append(f"{tenant} {least_s / own_s:.2f}")
+    if hindered:
+        report.console.print(f"  moved, where the prompts of all others are one token: {', '.join(hindered)}")
     own_s, others_s, all_s = (p95_s(results, *quiet) for results in (alone, beside, crowded))
     where = f"with {loudest} at {AGGRESSION}x, the trace at {speed:g}x, workers: {workers}"
     besides = f"over {own_s * 1e3:.0f} ms alone (beside the others {others_s / own_s:.2f})"
