@@ -226,7 +226,9 @@ class EngineForecast:
 
     def _steps_of(self, tokens: int, priority: int) -> int:
         """That compute so many prompt tokens."""
-        most = self.step_tokens(priority) or self._batch_tokens
+        most = self._batch_tokens
+        if priority and self._makes_way:
+            most = self.step_tokens(priority)
         return 1 if tokens <= most else math.ceil(tokens / most)
 
     def pending_ns(self) -> float:
@@ -261,7 +263,9 @@ class EngineForecast:
 
     def prompt_steps(self, tokens: float, priority: int) -> float:
         """Steps after the running one, given enough prompts each, until so many more tokens are computed."""
-        most = min(self._enough_tokens, self.step_tokens(priority) or self._enough_tokens)
+        most = self._enough_tokens
+        if priority and self._makes_way:
+            most = min(most, self.step_tokens(priority))
         return (self.ahead_tokens(priority) + tokens) / most
 
     def after_step_ns(self, tokens: int, priority: int) -> int | None:
