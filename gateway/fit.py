@@ -57,6 +57,11 @@ class StepFit:
             return self._least_y
         return y if y < self.most_y else self.most_y
 
+    def extrapolate(self, x: float, n: float) -> float:
+        """The same, and more for x beyond the largest seen."""
+        y, beyond = self.predict(x, n), x - self.most_x
+        return y + self.slope * beyond if beyond > 0 else y
+
     @property
     def base(self) -> float:
         """y for no tokens and no answers: about, where no step was without them. 0 before the first step."""

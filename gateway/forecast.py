@@ -213,10 +213,10 @@ class EngineForecast:
         """Prompt tokens that steps after the running one compute before another prompt of that priority."""
         return self._prefills.ahead_tokens if priority else self._prefills.ahead_urgent_tokens
 
-    @property
-    def joining(self) -> int:
-        """Prompts that the step after the running one computes whole: one more delays their first tokens."""
-        return self._prefills.joining
+    def delayed(self, priority: int) -> int:
+        """Prompts whose first tokens wait for another one of that priority: those of the same step, but for one that
+        makes way."""
+        return 0 if priority and self._makes_way else self._prefills.joining
 
     def is_next_full(self, priority: int) -> bool:
         """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
@@ -290,10 +290,7 @@ class EngineForecast:
         tokens = self._prefills.in_step_tokens
         if tokens != self._running_tokens:
             self._running_tokens = tokens
-            self._running_ns = self._fit.predict(tokens, self._running)
-            beyond = tokens - self._fit.most_x
-            if beyond > 0:
-                self._running_ns += self._fit.slope * beyond
+            self._running_ns = self._fit.extrapolate(tokens, self._running)
         return self._began_ns + self._running_ns - now_ns
 
     def before_tokens(self, priority: int, now_ns: int) -> float:
@@ -304,8 +301,6 @@ class EngineForecast:
         ahead = self.ahead_tokens(priority)
         if not self._token_ns:
             return self._prefills.in_step_tokens + ahead
-        if self._began_ns is None:
-            return ahead
         return self._wait_ns(abs(self._remaining_ns(now_ns)), priority) / self._token_ns + ahead
 
     def _wait_ns(self, left_ns: float, priority: int) -> float:
@@ -333,12 +328,9 @@ class EngineForecast:
         steps = self._steps_of(ahead, priority)
         if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
-        own_ns = self._fit.predict(ahead, self._running)
+        own_ns = self._fit.extrapolate(ahead, self._running)
         if steps > 1:
             own_ns += (steps - 1) * self.step_ns()
-        beyond = ahead - self._fit.most_x
-        if beyond > 0:
-            own_ns += self._fit.slope * beyond
         raw_ns = int(self._wait_ns(self._left_ns(now_ns), priority) + own_ns)
         return raw_ns if raw_ns > LEAST_NS else LEAST_NS
 

@@ -95,7 +95,8 @@ class Prefills:
                 unfinished.append(prefill)
             elif prefill.sent_ns > in_time_ns:
                 late.append(prefill)
-            prefill.is_running = True
+            else:
+                prefill.is_running = True
             if prefill.step_tokens > most:
                 most = prefill.step_tokens
         tokens, is_known, went_on = 0, True, False
@@ -115,7 +116,6 @@ class Prefills:
 
     def _leave_out(self, prefill: Prefill) -> None:
         """It waits for the step after the running one."""
-        prefill.is_running = False
         self._joined_tokens -= prefill.tokens
         if not prefill.step_tokens:
             self._joined_urgent -= prefill.tokens

@@ -132,13 +132,10 @@ def choose(workers: Iterable[Worker], ticket: Ticket, is_urgent: bool, priority:
         batch = worker.held.sequences
         uncached = ticket.input_tokens - route.cached_tokens + 1
         first = worker.forecast.before_tokens(priority, now_ns) + uncached
-        makes_way = priority and worker.model.makes_way
-        delayed = 0 if makes_way else FIRST_TOKEN_WEIGHT * worker.forecast.joining
-        cost = uncached * (batch + delayed) + ticket.output_tokens * batch + weight * first
+        delay = FIRST_TOKEN_WEIGHT * worker.forecast.delayed(priority)
+        cost = uncached * (batch + delay) + ticket.output_tokens * batch + weight * first
         # A worker with more slots is a faster one, as far as anybody here knows.
-        speed: float = worker.model.max_sequences
-        if worker.is_new:
-            speed *= worker.weight(now_ns)
+        speed = worker.model.max_sequences * worker.weight(now_ns)
         distance = 0 if ticket.session is None else _distance(ticket, worker)
         rank = (worker.name in ticket.avoid, cost / speed, distance)
         if best is None or rank < best:

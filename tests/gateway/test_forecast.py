@@ -103,7 +103,7 @@ def test_a_prompt_that_comes_too_late_for_the_next_step_waits_for_all_of_it() ->
     assert steps.forecast.raw_ns(200, late_ns) == pytest.approx(expected_ms * MS, rel=0.03)
     steps.forecast.placed(9_999, 200, late_ns)
     steps.step()  # the step of the 500 begins, without it
-    assert steps.forecast.joining == 1
+    assert steps.forecast.delayed(0) == 1
     expected_ms = STEP_MS + TOKEN_MS * 500 + STEP_MS + TOKEN_MS * (200 + 100)
     assert steps.forecast.raw_ns(100, steps.now_ns) == pytest.approx(expected_ms * MS, rel=0.02)
 
