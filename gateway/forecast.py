@@ -42,6 +42,10 @@ ENOUGH_NS = 50_000_000
 the next ones are on their way by then. Fewer would cost throughput; with more, the first waits for the last."""
 PART_STEPS = 4
 """Prompts of the second band that make way take so many times what a step takes that computes nothing."""
+EARLY_PART_STEPS = 2
+"""Those that have not waited long do: who comes meanwhile waits for less, and while nobody waits long there is time for
+the steps more that they take."""
+LONG_WAIT_NS = 250_000_000
 PART_NS = 25_000_000
 """And at least so long: where steps are that short, it is not they who are waited for."""
 PARTS_AHEAD = 2
@@ -88,8 +92,8 @@ class EngineForecast:
         self._makes_way = makes_way
         self._enough_tokens = float(batch_tokens)
         """Of prompts, for a step."""
-        self._part_tokens = batch_tokens // UNKNOWN_PARTS
-        """Of prompts that make way."""
+        self._part_tokens = self._early_part_tokens = batch_tokens // UNKNOWN_PARTS
+        """Of prompts that make way, and of those of them that have not waited long."""
         self._fit = StepFit()
         self._ratios = RollingRatios()
         self._prefills = Prefills(batch_tokens)
@@ -122,10 +126,11 @@ class EngineForecast:
         now_ns: int,
         answer: AnswerLength | None = None,
         step_tokens: int = 0,
+        priority: int = 0,
     ) -> None:
-        """The worker was given a prompt; `step_tokens` is `Submit.step_tokens`."""
+        """The worker was given a prompt; `step_tokens` and `priority` are those of `Submit`."""
         is_running = self._began_ns is None
-        self._prefills.add(request, Prefill(tokens, step_tokens, is_running, now_ns, answer))
+        self._prefills.add(request, Prefill(tokens, step_tokens, is_running, now_ns, answer, priority))
         if is_running:
             self._began_ns = now_ns
         elif not step_tokens:
@@ -181,15 +186,21 @@ class EngineForecast:
             return
         base_ns = self._fit.base
         self._enough_tokens = min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * base_ns) / slope)
-        part = min(self._batch_tokens, max(PART_NS, PART_STEPS * base_ns) / slope)
-        self._part_tokens = max(1, int(part))
+        self._part_tokens, self._early_part_tokens = (
+            max(1, int(min(self._batch_tokens, max(PART_NS, steps * base_ns) / slope)))
+            for steps in (PART_STEPS, EARLY_PART_STEPS)
+        )
 
-    def step_tokens(self, priority: int) -> int:
+    def step_tokens(self, priority: int, waited_ns: int = LONG_WAIT_NS) -> int:
         """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.
 
-        They take about `PART_STEPS` times what a step takes that computes nothing, or a part of that.
+        They take about `PART_STEPS` or `EARLY_PART_STEPS` times what a step takes that computes nothing, or a part of
+        that.
         """
-        return (self._part_tokens // priority or 1) if priority and self._makes_way else 0
+        if not (priority and self._makes_way):
+            return 0
+        part = self._early_part_tokens if waited_ns < LONG_WAIT_NS else self._part_tokens
+        return part // priority or 1
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
         if answer.is_exact:
@@ -224,11 +235,9 @@ class EngineForecast:
             return self._prefills.ahead_tokens * priority >= PARTS_AHEAD * self._part_tokens
         return self._prefills.ahead_urgent_tokens >= self._enough_tokens
 
-    def _steps_of(self, tokens: int, priority: int) -> int:
+    def _steps_of(self, tokens: int, priority: int, waited_ns: int = LONG_WAIT_NS) -> int:
         """That compute so many prompt tokens."""
-        most = self._batch_tokens
-        if priority and self._makes_way:
-            most = self.step_tokens(priority)
+        most = self.step_tokens(priority, waited_ns) or self._batch_tokens
         return 1 if tokens <= most else math.ceil(tokens / most)
 
     def pending_ns(self) -> float:
@@ -319,13 +328,13 @@ class EngineForecast:
             prompts_ns = self.prompt_ns(min(self._part_tokens, self._prefills.ahead_tokens))
         return self.step_ns() + prompts_ns
 
-    def raw_ns(self, tokens: int, now_ns: int, priority: int = 0) -> int | None:
-        """Time to the first token of a prompt that the worker would be given now.
+    def raw_ns(self, tokens: int, now_ns: int, priority: int = 0, waited_ns: int = 0) -> int | None:
+        """Time to the first token of a prompt that the worker would be given now, after it has waited so long.
 
         None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
         ahead = self.ahead_tokens(priority) + tokens
-        steps = self._steps_of(ahead, priority)
+        steps = self._steps_of(ahead, priority, waited_ns)
         if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
         own_ns = self._fit.extrapolate(ahead, self._running)

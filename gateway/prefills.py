@@ -21,6 +21,8 @@ class Prefill(msgspec.Struct, gc=False):
     """It was there when the running step began."""
     sent_ns: int
     answer: AnswerLength | None = None
+    priority: int = 0
+    """`Submit.priority`."""
     is_begun: bool = False
     """A part of it is computed."""
     is_unknown: bool = False
@@ -180,6 +182,6 @@ class Prefills:
         self.ahead_tokens = self.unstarted_tokens - in_step
 
 
-def _turn(prefill: Prefill) -> tuple[bool, bool, int]:
-    """The engine goes on with what it has begun, then with those of the upper bands: a step computes more of them."""
-    return not prefill.is_begun, prefill.step_tokens > 0, -prefill.step_tokens
+def _turn(prefill: Prefill) -> tuple[bool, int]:
+    """The engine goes on with what it has begun, then with those of the upper bands."""
+    return not prefill.is_begun, prefill.priority

@@ -258,7 +258,8 @@ class Scheduler:
             if route is None:
                 continue
             turns.append(model)
-            raw_ns = route.worker.forecast.raw_ns(ticket.input_tokens - route.cached_tokens, now_ns, priority)
+            own_tokens, waited_ns = ticket.input_tokens - route.cached_tokens, now_ns - ticket.arrived_ns
+            raw_ns = route.worker.forecast.raw_ns(own_tokens, now_ns, priority, waited_ns)
             if self._is_too_late(ticket, route.worker, raw_ns, now_ns):
                 self.leave(ticket.request)
                 self._learn_end(ticket, now_ns)
@@ -369,8 +370,8 @@ class Scheduler:
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
         self._history(ticket.model).placed(now_ns, others_wait=others_wait)
-        step_tokens = worker.forecast.step_tokens(priority)
-        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, step_tokens)
+        step_tokens = worker.forecast.step_tokens(priority, now_ns - ticket.arrived_ns)
+        worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, step_tokens, priority)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
             Lease(request=ticket.request, worker=worker.name, sequences=ticket.sequences, tokens=tokens)

@@ -1,5 +1,6 @@
 """Forecasts: what they know, and what they do not pretend to know."""
 
+import math
 import random
 
 import pytest
@@ -7,9 +8,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gateway.forecast import (
+    EARLY_PART_STEPS,
     ENOUGH_NS,
     ENOUGH_STEPS,
     LEAST_NS,
+    LONG_WAIT_NS,
     PART_NS,
     PART_STEPS,
     STALE_NS,
@@ -197,6 +200,25 @@ def test_prompts_that_make_way_take_a_few_times_a_step(step_ms: float, token_ms:
     assert steps.forecast.step_tokens(2) == max(1, steps.forecast.step_tokens(1) // 2)
     for priority in (1, 2, 3):
         assert not steps.forecast.is_next_full(priority), "the worker has nothing to do"
+
+
+def test_who_has_not_waited_long_takes_smaller_parts() -> None:
+    steps = warm()
+    forecast = steps.forecast
+    early, late = (steps * STEP_MS / TOKEN_MS for steps in (EARLY_PART_STEPS, PART_STEPS))
+    for priority in (1, 2):
+        assert forecast.step_tokens(priority, LONG_WAIT_NS - 1) == pytest.approx(early / priority, abs=1)
+        assert forecast.step_tokens(priority, LONG_WAIT_NS) == pytest.approx(late / priority, abs=1)
+    steps.step()
+    for waited_ns, count in ((0, math.ceil(500 / early)), (LONG_WAIT_NS, 2)):
+        raw_ns = forecast.raw_ns(500, steps.now_ns, 1, waited_ns)
+        expected_ms = STEP_MS + count * STEP_MS + TOKEN_MS * 500
+        assert raw_ns == pytest.approx(expected_ms * MS, rel=0.02), "after the running step"
+
+
+def test_where_steps_are_short_parts_do_not_take_less_than_a_time() -> None:
+    forecast = warm(step_ms=1, token_ms=0.01).forecast
+    assert forecast.step_tokens(1, 0) == pytest.approx(PART_NS / MS / 0.01, rel=0.03)
 
 
 def test_prompts_that_make_no_way_are_computed_whole() -> None:

@@ -5,6 +5,8 @@ import random
 
 from engine.sim.parameters import SimParameters
 from gateway.fairness import INPUT_WEIGHT, OUTPUT_WEIGHT
+from gateway.forecast import LONG_WAIT_NS
+from gateway.scheduler import Placements
 from tests.bench import fairness
 from tests.virtual.harness import SECOND_NS, Arrival, Gateway, Result
 from tests.virtual.workload import Slo
@@ -144,6 +146,25 @@ def test_a_quiet_tenant_has_sequences_and_short_steps_though_an_aggressive_one_h
     full = sum(result.dispatched_ns > result.arrival.at_ns for result in crowded if result.arrival.tenant == "loud")
     assert full > 500, "the aggressive one waits"
     assert fairness.p95_s(crowded, "quiet") < fairness.p95_s(alone, "quiet") + 0.12
+
+
+def test_who_has_waited_is_computed_in_larger_parts() -> None:
+    gateway = Gateway(ENGINE, workers=1, max_sequences=256)
+    parts: dict[bool, set[int]] = {False: set(), True: set()}
+    place = gateway.scheduler.place
+
+    def note(now_ns: int) -> Placements:
+        decided = place(now_ns)
+        for one in decided.placed:
+            if one.step_tokens and now_ns > 10 * SECOND_NS:
+                parts[now_ns - one.ticket.arrived_ns >= LONG_WAIT_NS].add(one.step_tokens)
+        return decided
+
+    gateway.scheduler.place = note  # type: ignore[method-assign]
+    loud = arrivals("loud", 6, 60, seed=1)
+    quiet = arrivals("quiet", 1, 60, seed=2)
+    gateway.run(sorted([*quiet, *loud], key=lambda arrival: arrival.at_ns))
+    assert min(parts[True]) > 1.8 * max(parts[False])
 
 
 def _as(arrival: Arrival, tenant: str) -> Arrival:

@@ -20,8 +20,8 @@ def test_the_tokens_of_a_step_are_known_without_asking(seed: int, rate: float, l
     prefills, in_parts, now_ns = Prefills(BATCH), 0, 0
     for number in range(3_000):
         if draw.random() < rate and engine.running_count < SLOTS // 2:
-            tokens, step_tokens = draw.randint(1, longest), 0 if draw.random() < urgent else draw.choice((40, 20))
-            priority = 40 // step_tokens if step_tokens else 0
+            tokens, priority = draw.randint(1, longest), 0 if draw.random() < urgent else draw.choice((1, 2))
+            step_tokens = draw.choice((40, 20)) // priority if priority else 0
             engine.submit(
                 number,
                 prompt_tokens=tokens,
@@ -30,7 +30,7 @@ def test_the_tokens_of_a_step_are_known_without_asking(seed: int, rate: float, l
                 step_tokens=step_tokens,
                 now_ns=now_ns,
             )
-            prefills.add(number, Prefill(tokens, step_tokens, is_running=True, sent_ns=now_ns))
+            prefills.add(number, Prefill(tokens, step_tokens, is_running=True, sent_ns=now_ns, priority=priority))
         decodes = _decodes(engine)
         expected = prefills.in_step_tokens
         step = engine.step(now_ns)
