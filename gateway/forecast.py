@@ -18,6 +18,7 @@ from gateway.departures import Departures
 from gateway.fit import StepFit
 from gateway.handover import Handover
 from gateway.lengths import AnswerLength
+from gateway.pace import Pace
 from gateway.prefills import Prefill, Prefills
 
 WINDOW = 256
@@ -75,21 +76,17 @@ class Forecast(msgspec.Struct, frozen=True, gc=False):
     """It would wait in the gateway. What is predicted of those is corrected apart."""
 
 
-class Step(msgspec.Struct, frozen=True, gc=False):
-    duration_ns: int
-    has_prefill: bool
-
-
 class EngineForecast:
     """One worker's time from hand-over to first token, and what is known of its steps.
 
     The worker reports each step when it ends; the next one begins at once with what it was given by then.
     """
 
-    def __init__(self, batch_tokens: int = 8192, *, makes_way: bool = True) -> None:
+    def __init__(self, batch_tokens: int = 8192, *, makes_way: bool = True, pace: Pace | None = None) -> None:
         """`makes_way` is `ModelInfo.makes_way`: without it all prompts are computed whole."""
+        self.pace = pace or Pace()
+        self.makes_way = makes_way
         self._batch_tokens = batch_tokens
-        self._makes_way = makes_way
         self._enough_tokens = float(batch_tokens)
         """Of prompts, for a step."""
         self._part_tokens = self._early_part_tokens = batch_tokens // UNKNOWN_PARTS
@@ -116,6 +113,8 @@ class EngineForecast:
         """What the running step takes."""
         self._step_ns: float | None = None
         """A step without a prompt, once somebody has asked since the last one."""
+        self._step_paced_tokens: int | None = None
+        """Of prompts, that the answers allow a step; the same."""
 
     # -- what happens
 
@@ -141,6 +140,7 @@ class EngineForecast:
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
         self._handover.started(request, self._steps)
+        self.pace.started()
         prefill = self._prefills.start(request)
         if prefill is not None and prefill.answer is not None and prefill.answer.is_exact:
             self._expect_end(request, prefill.answer, self._steps + 1)
@@ -154,9 +154,10 @@ class EngineForecast:
     def rest(self) -> None:
         """Nothing of ours is left on the worker, though no step may have told: its last requests were cancelled."""
         self._began_ns = None
+        self.pace.rest()
 
-    def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0, step_ns: int = 0) -> Step | None:
-        """A step has ended, and the next one goes on with `running` answers; None where nobody knows when it began.
+    def stepped(self, now_ns: int, *, is_idle: bool, running: int = 0, step_ns: int = 0) -> None:
+        """A step has ended, and the next one goes on with `running` answers.
 
         `step_ns` is what the worker says that it took: frames that were held up come one right after the other.
         """
@@ -164,20 +165,23 @@ class EngineForecast:
         ran, self._running = self._running, running
         self._steps += 1
         self._handover.stepped(now_ns, self._steps)
-        self._step_ns = None
+        self._step_ns = self._step_paced_tokens = None
         self._running_tokens = -1
         self._began_ns = None if is_idle and not self._prefills else now_ns
         tokens = self._prefills.step(ran, now_ns if is_idle else now_ns - int(self.handover_ns))
+        if is_idle:
+            self.pace.rest()
         if began_ns is None:
-            return None
+            return
         duration_ns = step_ns or now_ns - began_ns
+        if not is_idle:
+            self.pace.stepped(duration_ns, has_prefill=tokens != 0)
         if tokens is not None:
             self._fit.add(tokens, ran, duration_ns)
             self._token_ns = max(self._fit.slope, self._fit.base / STEP_TOKENS)
             self._prefill_steps += tokens > 0
             self.is_known = self._prefill_steps >= WARM
             self._find_most()
-        return Step(duration_ns, tokens != 0)
 
     def _find_most(self) -> None:
         """What is enough for a step, by what a token costs."""
@@ -191,16 +195,37 @@ class EngineForecast:
             for steps in (PART_STEPS, EARLY_PART_STEPS)
         )
 
-    def step_tokens(self, priority: int, waited_ns: int = LONG_WAIT_NS) -> int:
+    def step_tokens(self, priority: int, waited_ns: int = LONG_WAIT_NS, tokens: int = 0) -> int:
         """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.
 
         They take about `PART_STEPS` or `EARLY_PART_STEPS` times what a step takes that computes nothing, or a part of
-        that.
+        that. Where answers have a pace to keep they take no more than that leaves, and those of number 1 so much.
         """
-        if not (priority and self._makes_way):
+        if not (priority and self.makes_way):
             return 0
+        most = self._batch_tokens
+        if self.pace.has_target:
+            most = self._paced_tokens(tokens)
+            if priority == 1:
+                return most
+            priority -= 1
         part = self._early_part_tokens if waited_ns < LONG_WAIT_NS else self._part_tokens
-        return part // priority or 1
+        return min(most, part // priority or 1)
+
+    def _paced_tokens(self, tokens: int) -> int:
+        """Of prompts, that a step computes without an answer falling behind: all of one of `tokens`, where they have
+        saved the time and no other prompt is there to use it up."""
+        slope, is_next = self._fit.slope, not self._prefills.unstarted_tokens
+        if self._began_ns is None or (not slope if self.is_known else is_next):
+            return self._batch_tokens
+        if not self.is_known:
+            return self._part_tokens
+        if self._step_paced_tokens is None:
+            self._step_paced_tokens = max(1, min(self._batch_tokens, int(self.pace.part_ns(self.step_ns()) / slope)))
+        most = self._step_paced_tokens
+        if tokens > most and is_next and slope * tokens <= self.pace.part_ns(self.step_ns()) + self.pace.slack_ns:
+            return min(tokens, self._batch_tokens)
+        return most
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
         if answer.is_exact:
@@ -227,17 +252,19 @@ class EngineForecast:
     def delayed(self, priority: int) -> int:
         """Prompts whose first tokens wait for another one of that priority: those of the same step, but for one that
         makes way."""
-        return 0 if priority and self._makes_way else self._prefills.joining
+        return 0 if priority and self.makes_way else self._prefills.joining
 
     def is_next_full(self, priority: int) -> bool:
         """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
-        if priority and self._makes_way:
+        if priority and self.makes_way:
             return self._prefills.ahead_tokens * priority >= PARTS_AHEAD * self._part_tokens
         return self._prefills.ahead_urgent_tokens >= self._enough_tokens
 
-    def _steps_of(self, tokens: int, priority: int, waited_ns: int = LONG_WAIT_NS) -> int:
+    def _steps_of(self, tokens: int, priority: int, waited_ns: int = LONG_WAIT_NS, own_tokens: int = 0) -> int:
         """That compute so many prompt tokens."""
-        most = self.step_tokens(priority, waited_ns) or self._batch_tokens
+        most = self._batch_tokens
+        if priority and self.makes_way:
+            most = self.step_tokens(priority, waited_ns, own_tokens)
         return 1 if tokens <= most else math.ceil(tokens / most)
 
     def pending_ns(self) -> float:
@@ -273,7 +300,7 @@ class EngineForecast:
     def prompt_steps(self, tokens: float, priority: int) -> float:
         """Steps after the running one, given enough prompts each, until so many more tokens are computed."""
         most = self._enough_tokens
-        if priority and self._makes_way:
+        if priority and self.makes_way:
             most = min(most, self.step_tokens(priority))
         return (self.ahead_tokens(priority) + tokens) / most
 
@@ -334,7 +361,7 @@ class EngineForecast:
         None before there are samples, and for far more tokens in a step than were ever seen in one.
         """
         ahead = self.ahead_tokens(priority) + tokens
-        steps = self._steps_of(ahead, priority, waited_ns)
+        steps = self._steps_of(ahead, priority, waited_ns, tokens)
         if not self.is_known or ahead > REACH * steps * self._fit.most_x:
             return None
         own_ns = self._fit.extrapolate(ahead, self._running)

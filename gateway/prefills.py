@@ -151,7 +151,8 @@ class Prefills:
         else:
             self._sat_out = 0
             computed = sorted(unfinished, key=_turn)
-            part = max([prefill.step_tokens for prefill in started + unfinished]) - started_tokens
+            most = max([prefill.step_tokens for prefill in started + unfinished])
+            part = min(most, self._batch_tokens - decodes) - started_tokens
         if not computed:
             return 0  # all of them made way
         if not 0 <= part < sum([prefill.tokens for prefill in computed]):

@@ -19,7 +19,6 @@ from gateway.forecast import EngineForecast
 from gateway.ledger import Held
 from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
-from gateway.pace import Pace
 from gateway.prefixes import PrefixIndex
 from protos.core.contract import Load, ModelInfo
 
@@ -55,7 +54,6 @@ class Worker(msgspec.Struct, kw_only=True):
     forecast: EngineForecast = msgspec.field(default_factory=EngineForecast)
     breaker: Breaker = msgspec.field(default_factory=Breaker)
     prefixes: PrefixIndex = msgspec.field(default_factory=lambda: PrefixIndex(0))
-    pace: Pace = msgspec.field(default_factory=Pace)
     held: Held = msgspec.field(default_factory=Held)
     """Its account in the ledger."""
 
@@ -66,10 +64,14 @@ class Worker(msgspec.Struct, kw_only=True):
 
     def keeps_pace(self, tokens: int, priority: int) -> bool:
         """Would its answers keep their pace with one more prompt, of somebody who is not urgent?"""
-        if not self.pace.has_target:
+        forecast = self.forecast
+        if not forecast.pace.has_target:
             return True
-        ahead = self.forecast.ahead_tokens(priority)
-        return self.pace.allows(self.forecast.pending_ns(), self.forecast.prompt_ns(ahead + tokens) if ahead else 0.0)
+        joint_ns = 0.0
+        if not (priority and forecast.makes_way):
+            ahead = forecast.ahead_tokens(priority)
+            joint_ns = forecast.prompt_ns(ahead + tokens) if ahead else 0.0
+        return forecast.pace.allows(forecast.pending_ns(), joint_ns)
 
     @property
     def room(self) -> int:
@@ -89,11 +91,6 @@ class Worker(msgspec.Struct, kw_only=True):
         if not self.breaker.allows(now_ns):
             return True
         return self.held.requests > 0 and self.forecast.is_overdue(now_ns)
-
-    def rest(self) -> None:
-        """It has nothing to do."""
-        self.forecast.rest()
-        self.pace.rest()
 
     def weight(self, now_ns: int) -> float:
         """Rises to 1 while a new worker's caches fill."""

@@ -325,11 +325,14 @@ class Scheduler:
         """For the engine, of a request that is not urgent: 0 is computed whole, others make way for it.
 
         Those of the lower bands do while requests of the first two come, and those of the second where their tenant has
-        had much more than others, unless they have to be in time themselves.
+        had much more than others, unless they have to be in time themselves. Where answers have a pace to keep, nobody
+        but who is urgent is computed whole, and all of these numbers are one higher.
         """
         if band == 1:
-            return int(not is_hurried and self.recent.is_loud(tenant))
-        return band if now_ns - self._upper_ns < COMPANY_NS else 0
+            makes_way = int(not is_hurried and self.recent.is_loud(tenant))
+        else:
+            makes_way = band if now_ns - self._upper_ns < COMPANY_NS else 0
+        return makes_way if self._token_target_ns is None else makes_way + 1
 
     def _takers(self, model: str, is_urgent: bool, priority: int, tokens: int, now_ns: int) -> list[Worker]:
         """Who serves it and has room. Where a request is not urgent, room is kept, and what cannot start soon waits.
@@ -362,7 +365,7 @@ class Scheduler:
     def _bind(self, ticket: Ticket, route: Route, raw_ns: int | None, priority: int, now_ns: int) -> Placement:
         worker = route.worker
         if not worker.held.requests:
-            worker.rest()
+            worker.forecast.rest()
         worker.breaker.began(now_ns)
         if ticket.blocks:
             worker.prefixes.use(ticket.blocks)
@@ -370,7 +373,7 @@ class Scheduler:
         own_tokens = ticket.input_tokens - route.cached_tokens
         others_wait = self.waiting(ticket.model) > 0
         self._history(ticket.model).placed(now_ns, others_wait=others_wait)
-        step_tokens = worker.forecast.step_tokens(priority, now_ns - ticket.arrived_ns)
+        step_tokens = worker.forecast.step_tokens(priority, now_ns - ticket.arrived_ns, own_tokens)
         worker.forecast.placed(ticket.request, own_tokens, now_ns, ticket.answer_length, step_tokens, priority)
         tokens = ticket.input_tokens + ticket.output_tokens
         self.ledger.acquire(
@@ -443,8 +446,9 @@ class Scheduler:
             is_new=any(now_ns - worker.joined_ns > router.WARM_UP_NS for worker in self._workers.values()),
             prefixes=memory.prefixes,
             breaker=memory.breaker,
-            forecast=EngineForecast(model.max_batch_tokens, makes_way=model.makes_way),
-            pace=Pace(self._token_target_ns),
+            forecast=EngineForecast(
+                model.max_batch_tokens, makes_way=model.makes_way, pace=Pace(self._token_target_ns)
+            ),
             held=self.ledger.account(name),
         )
         self._note_serving()
@@ -490,11 +494,7 @@ class Scheduler:
         load = worker.load
         worker.limit.stepped(load)
         is_idle = not load.running + load.waiting
-        step = worker.forecast.stepped(now_ns, is_idle=is_idle, running=load.running, step_ns=load.step_ns)
-        if is_idle:
-            worker.pace.rest()
-        elif step is not None:
-            worker.pace.stepped(step.duration_ns, has_prefill=step.has_prefill)
+        worker.forecast.stepped(now_ns, is_idle=is_idle, running=load.running, step_ns=load.step_ns)
 
     def worker(self, name: str) -> Worker | None:
         """None where it is not connected."""

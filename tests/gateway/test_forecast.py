@@ -22,6 +22,8 @@ from gateway.forecast import (
     QueueForecast,
     RollingRatios,
 )
+from gateway.pace import SHARE as PACE_SHARE
+from gateway.pace import Pace
 
 MS = 1_000_000
 STEP_MS = 20
@@ -54,8 +56,15 @@ class Steps:
         self._running, self._placed = self._placed, []
 
 
-def warm(tokens: int = 1_000, *, step_ms: float = STEP_MS, token_ms: float = TOKEN_MS, makes_way: bool = True) -> Steps:
-    steps = Steps(EngineForecast(makes_way=makes_way), step_ms=step_ms, token_ms=token_ms)
+def warm(
+    tokens: int = 1_000,
+    *,
+    step_ms: float = STEP_MS,
+    token_ms: float = TOKEN_MS,
+    makes_way: bool = True,
+    pace: Pace | None = None,
+) -> Steps:
+    steps = Steps(EngineForecast(makes_way=makes_way, pace=pace), step_ms=step_ms, token_ms=token_ms)
     draw = random.Random(1)
     steps.give(tokens)
     for _ in range(10 * WARM):
@@ -216,6 +225,29 @@ def test_who_has_not_waited_long_takes_smaller_parts() -> None:
         assert raw_ns == pytest.approx(expected_ms * MS, rel=0.02), "after the running step"
 
 
+def test_answers_with_a_pace_to_keep_let_a_step_compute_what_they_do_not_need() -> None:
+    pace = Pace(100 * MS)
+    steps = Steps(EngineForecast(pace=pace))
+    assert steps.forecast.step_tokens(1, 0, 5_000) > 5_000, "nobody is made to wait"
+    steps = warm(pace=pace)
+    steps.give(100)  # its answer has nothing saved
+    steps.step()
+    steps.step()
+    part = (100 * PACE_SHARE - STEP_MS) / TOKEN_MS
+    for tokens in (10, 5_000):
+        assert steps.forecast.step_tokens(1, 0, tokens) == pytest.approx(part, abs=1)
+        assert steps.forecast.step_tokens(3, 0, tokens) == pytest.approx(
+            EARLY_PART_STEPS * STEP_MS / TOKEN_MS / 2, abs=1
+        )
+    steps.step()
+    saved = part  # a step without a prompt
+    fits, too_many = int(part + 0.9 * saved), int(part + 1.1 * saved)
+    assert steps.forecast.step_tokens(1, 0, fits) == fits
+    assert steps.forecast.step_tokens(1, 0, too_many) == pytest.approx(part, abs=1)
+    steps.give(10)
+    assert steps.forecast.step_tokens(1, 0, fits) == pytest.approx(part, abs=1), "another one may use it up"
+
+
 def test_where_steps_are_short_parts_do_not_take_less_than_a_time() -> None:
     forecast = warm(step_ms=1, token_ms=0.01).forecast
     assert forecast.step_tokens(1, 0) == pytest.approx(PART_NS / MS / 0.01, rel=0.03)
@@ -251,9 +283,9 @@ def test_an_idle_worker_begins_its_step_with_the_prompt() -> None:
     assert steps.forecast.raw_ns(200, an_hour_later_ns) == pytest.approx(expected_ns, rel=0.02)
     steps.forecast.placed(9_999, 200, an_hour_later_ns)
     steps.forecast.started(9_999)
-    step = steps.forecast.stepped(an_hour_later_ns + expected_ns, is_idle=True)
-    assert step is not None
-    assert step.duration_ns == expected_ns, "the hour is no step"
+    later_ns = int(an_hour_later_ns + expected_ns)
+    steps.forecast.stepped(later_ns, is_idle=True)
+    assert steps.forecast.raw_ns(200, later_ns) == pytest.approx(expected_ns, rel=0.02), "the hour is no step"
 
 
 def busy_queue() -> tuple[QueueForecast, int]:

@@ -52,3 +52,28 @@ def test_rest_forgives_what_was_owed() -> None:
     assert not pace.allows(0, 0)
     pace.rest()
     assert pace.allows(0, 0)
+
+
+def test_a_step_may_take_what_the_youngest_answer_has_saved() -> None:
+    pace = Pace(TARGET_NS)
+    part_ns = SHARE * TARGET_NS - 20 * MS
+    assert pace.part_ns(20 * MS) == part_ns
+    pace.started()
+    pace.stepped(10 * MS, has_prefill=True)
+    assert pace.slack_ns == 0, "that step was over when it began"
+    for steps in range(1, 4):
+        pace.stepped(20 * MS, has_prefill=False)
+        assert pace.slack_ns == steps * part_ns
+    pace.stepped(500 * MS, has_prefill=True)
+    assert pace.slack_ns == 0
+    pace.started()
+    pace.stepped(20 * MS, has_prefill=True)
+    pace.stepped(20 * MS, has_prefill=False)
+    assert pace.slack_ns == 0, "an older one is still behind"
+    pace.rest()
+    pace.stepped(20 * MS, has_prefill=False)
+    assert pace.slack_ns == part_ns
+
+
+def test_an_engine_that_misses_the_target_by_itself_computes_a_little_of_a_prompt_in_a_step() -> None:
+    assert 0 < Pace(TARGET_NS).part_ns(10 * TARGET_NS) <= 0.1 * TARGET_NS

@@ -259,6 +259,15 @@ def test_lower_bands_get_less_of_a_step() -> None:
     assert parts == [0, 0, 2048 // UNKNOWN_PARTS // 2, 2048 // UNKNOWN_PARTS // 3]
 
 
+def test_where_answers_have_a_pace_to_keep_only_urgent_prompts_are_computed_whole() -> None:
+    scheduler = scheduler_with("w", slots=32, token_target_ns=10**9)
+    for number in range(3):
+        scheduler.enqueue(ticket(number, band=number, input_tokens=20))
+    part = 2048 // UNKNOWN_PARTS
+    decided = [(one.priority, one.step_tokens) for one in scheduler.place(0).placed]
+    assert decided == [(0, 0), (1, part), (3, part // 2)]
+
+
 def test_worker_whose_prompts_make_no_way_is_not_asked_for_it() -> None:
     scheduler = Scheduler()
     scheduler.worker_joined("w", model_info(names=("a",), max_sequences=32, makes_way=False))
@@ -278,9 +287,8 @@ def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> No
     assert placed(scheduler.place(1)) == [1], "which is more than two steps compute of it"
 
 
-@pytest.mark.parametrize("token_target_ns", [None, 10**9])
-def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int | None) -> None:
-    scheduler = scheduler_with("w", slots=32, token_target_ns=token_target_ns)
+def test_prompts_beyond_the_next_step_wait_in_the_gateway() -> None:
+    scheduler = scheduler_with("w", slots=32)
     for number in range(9):
         scheduler.enqueue(ticket(number, input_tokens=1_500))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))

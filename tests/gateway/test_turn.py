@@ -23,11 +23,11 @@ NOW_NS = 3_600_000 * MS
 def worker(pace: Pace | None = None) -> Worker:
     """Its steps take 20 ms, and half of one for each prompt token."""
     model = model_info(max_sequences=SLOTS)
-    return Worker(name="w", model=model, limit=SequenceLimit(SLOTS), forecast=_warm(), pace=pace or Pace())
+    return Worker(name="w", model=model, limit=SequenceLimit(SLOTS), forecast=_warm(pace or Pace()))
 
 
-def _warm() -> EngineForecast:
-    forecast, now_ns = EngineForecast(BATCH_TOKENS), 0
+def _warm(pace: Pace) -> EngineForecast:
+    forecast, now_ns = EngineForecast(BATCH_TOKENS, pace=pace), 0
     for number in range(-2 * WARM, 0):
         tokens = 10 * -number
         forecast.placed(number, tokens, now_ns)
@@ -88,7 +88,7 @@ def test_the_pace_makes_prompts_wait_until_their_time_is_earned() -> None:
     on = worker(Pace(int(target_ms * MS)))
     run(on, *exact(90))
     for _ in range(20):
-        on.pace.stepped(20 * STEP_MS * MS, has_prefill=True)  # far behind
+        on.forecast.pace.stepped(20 * STEP_MS * MS, has_prefill=True)  # far behind
     debt_ms = 10 * 2 * STEP_MS
     ahead = Work(requests=1, tokens=60)
     steps = (debt_ms + 60 * TOKEN_MS) / STEP_MS

@@ -45,6 +45,16 @@ def test_first_tokens_are_in_time_where_many_prompts_take_more_than_a_step(batch
     assert len(admitted) >= 2.5 * SECONDS
 
 
+def test_answers_of_a_few_tokens_keep_their_pace_beside_long_prompts() -> None:
+    """Those of code completion: four of ten have ten tokens or less: one step of a long prompt is too much for them."""
+    results = gateway(ENGINE, SLO).run(poisson(7.0, SECONDS, slo=SLO, preset="azure-2023-code"))
+    known_ns = 10 * SECOND_NS  # what a token costs, by then
+    admitted = [result for result in results if not result.is_refused and result.arrival.at_ns > known_ns]
+    assert sum(result.arrival.output_tokens <= 10 for result in admitted) > 0.3 * len(admitted)
+    assert sum(not SLO.is_met(result) for result in admitted) <= 0.05 * len(admitted)
+    assert goodput(results) >= 3.4, "2.9 where prompts are computed whole"
+
+
 def test_an_engine_of_small_steps_is_not_given_more_than_it_can_compute() -> None:
     """All of its steps are full and take as long, so that nothing tells what a prompt costs."""
     small = msgspec.structs.replace(engine("qwen3-14b-h100"), max_batch_tokens=512)

@@ -13,15 +13,21 @@ BATCH = 512
 
 
 @pytest.mark.parametrize("seed", range(5))
-@pytest.mark.parametrize(("rate", "longest", "urgent"), [(0.3, 800, 0.25), (0.9, 150, 0.9)], ids=["few", "many"])
-def test_the_tokens_of_a_step_are_known_without_asking(seed: int, rate: float, longest: int, urgent: float) -> None:
+@pytest.mark.parametrize(
+    ("rate", "longest", "urgent", "parts"),
+    [(0.3, 800, 0.25, (40, 20)), (0.9, 150, 0.9, (40, 20)), (0.9, 800, 0.0, (BATCH, BATCH // 2))],
+    ids=["few", "many", "parts-that-fill-a-step"],
+)
+def test_the_tokens_of_a_step_are_known_without_asking(
+    seed: int, rate: float, longest: int, urgent: float, parts: tuple[int, int]
+) -> None:
     draw = random.Random(seed)
     engine: Simulator[int] = Simulator(SimParameters(step_us=1_000, kv_blocks=10_000), Limits(SLOTS, BATCH))
     prefills, in_parts, now_ns = Prefills(BATCH), 0, 0
     for number in range(3_000):
         if draw.random() < rate and engine.running_count < SLOTS // 2:
             tokens, priority = draw.randint(1, longest), 0 if draw.random() < urgent else draw.choice((1, 2))
-            step_tokens = draw.choice((40, 20)) // priority if priority else 0
+            step_tokens = draw.choice(parts) // priority if priority else 0
             engine.submit(
                 number,
                 prompt_tokens=tokens,
