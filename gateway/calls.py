@@ -15,7 +15,6 @@ import msgspec
 from protos.core.contract import ChatPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
 from protos.core.errors import InvalidRequest
 
-BYTES_PER_TOKEN = 4
 """Estimate for prompts that no one has tokenized yet; workers report the truth."""
 
 INT64_MAX = 2**63 - 1
@@ -205,10 +204,9 @@ class Call(msgspec.Struct, frozen=True, kw_only=True):
     wants_usage: bool = False
 
     @property
-    def prompt_tokens_estimate(self) -> int:
-        if isinstance(self.prompt, TokenPrompt):
-            return len(self.prompt.token_ids)
-        return len(self.prompt_bytes) // BYTES_PER_TOKEN + 1
+    def prompt_tokens(self) -> int | None:
+        """None where the worker has to count them."""
+        return len(self.prompt.token_ids) if isinstance(self.prompt, TokenPrompt) else None
 
 
 T = TypeVar("T")

@@ -91,6 +91,9 @@ class EngineForecast:
         """Of prompts, for a step."""
         self._part_tokens = self._early_part_tokens = batch_tokens // UNKNOWN_PARTS
         """Of prompts that make way, and of those of them that have not waited long."""
+        self._paced_tokens: int | None = None
+        """Of prompts, that a step computes without an answer falling behind; None before that is known."""
+        self._parts_ahead_tokens = PARTS_AHEAD * self._part_tokens
         self._fit = StepFit()
         self._ratios = RollingRatios()
         self._prefills = Prefills(batch_tokens)
@@ -113,8 +116,6 @@ class EngineForecast:
         """What the running step takes."""
         self._step_ns: float | None = None
         """A step without a prompt, once somebody has asked since the last one."""
-        self._step_paced_tokens: int | None = None
-        """Of prompts, that the answers allow a step; the same."""
 
     # -- what happens
 
@@ -165,7 +166,7 @@ class EngineForecast:
         ran, self._running = self._running, running
         self._steps += 1
         self._handover.stepped(now_ns, self._steps)
-        self._step_ns = self._step_paced_tokens = None
+        self._step_ns = None
         self._running_tokens = -1
         self._began_ns = None if is_idle and not self._prefills else now_ns
         tokens = self._prefills.step(ran, now_ns if is_idle else now_ns - int(self.handover_ns))
@@ -194,6 +195,12 @@ class EngineForecast:
             max(1, int(min(self._batch_tokens, max(PART_NS, steps * base_ns) / slope)))
             for steps in (PART_STEPS, EARLY_PART_STEPS)
         )
+        part = self._part_tokens
+        if self.pace.has_target:
+            paced = int(min(self._batch_tokens, self.pace.part_ns(self.step_ns()) / slope))
+            self._paced_tokens = paced = paced if paced > 1 else 1
+            part = paced if paced < part else part
+        self._parts_ahead_tokens = PARTS_AHEAD * part
 
     def step_tokens(self, priority: int, waited_ns: int = LONG_WAIT_NS, tokens: int = 0) -> int:
         """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.
@@ -205,27 +212,25 @@ class EngineForecast:
             return 0
         most = self._batch_tokens
         if self.pace.has_target:
-            most = self._paced_tokens(tokens)
+            most = self._within_pace(tokens)
             if priority == 1:
                 return most
             priority -= 1
         part = self._early_part_tokens if waited_ns < LONG_WAIT_NS else self._part_tokens
         return min(most, part // priority or 1)
 
-    def _paced_tokens(self, tokens: int) -> int:
+    def _within_pace(self, tokens: int) -> int:
         """Of prompts, that a step computes without an answer falling behind: all of one of `tokens`, where they have
         saved the time and no other prompt is there to use it up."""
-        slope, is_next = self._fit.slope, not self._prefills.unstarted_tokens
-        if self._began_ns is None or (not slope if self.is_known else is_next):
+        most, is_next = self._paced_tokens, not self._prefills.unstarted_tokens
+        if self._began_ns is None:
             return self._batch_tokens
-        if not self.is_known:
-            return self._part_tokens
-        if self._step_paced_tokens is None:
-            self._step_paced_tokens = max(1, min(self._batch_tokens, int(self.pace.part_ns(self.step_ns()) / slope)))
-        most = self._step_paced_tokens
-        if tokens > most and is_next and slope * tokens <= self.pace.part_ns(self.step_ns()) + self.pace.slack_ns:
-            return min(tokens, self._batch_tokens)
-        return most
+        if most is None:
+            return self._batch_tokens if is_next or self.is_known else self._part_tokens
+        if tokens <= most or not is_next:
+            return most
+        left_ns = self.pace.part_ns(self.step_ns()) + self.pace.slack_ns
+        return min(tokens, self._batch_tokens) if self.prompt_ns(tokens) <= left_ns else most
 
     def _expect_end(self, request: int, answer: AnswerLength, first_step: int) -> None:
         if answer.is_exact:
@@ -257,7 +262,7 @@ class EngineForecast:
     def is_next_full(self, priority: int) -> bool:
         """Has it enough prompts for the next step, or as many as it computes in a few where they make way?"""
         if priority and self.makes_way:
-            return self._prefills.ahead_tokens * priority >= PARTS_AHEAD * self._part_tokens
+            return self._prefills.ahead_tokens * priority >= self._parts_ahead_tokens
         return self._prefills.ahead_urgent_tokens >= self._enough_tokens
 
     def _steps_of(self, tokens: int, priority: int, waited_ns: int = LONG_WAIT_NS, own_tokens: int = 0) -> int:

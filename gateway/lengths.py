@@ -1,13 +1,17 @@
-"""How long an answer will be, before it is: what a tenant's requests usually take."""
+"""How long prompts and answers are, before anybody has counted: what workers said of earlier ones."""
 
 from __future__ import annotations
 
 import msgspec
 
+from gateway.fit import StepFit
 from protos.core.contract import Sampling
 
 DEFAULT_TOKENS = 128.0
 SMOOTHING = 0.05
+BYTES_PER_TOKEN = 4
+WARM = 8
+"""Prompts of a model after which more is known than `BYTES_PER_TOKEN`."""
 
 
 class AnswerLength(msgspec.Struct, frozen=True, gc=False):
@@ -46,3 +50,22 @@ class OutputLengths:
         weight = self._weights.get(tenant, 0.5)  # the guess counts as one answer
         self._means[tenant] = mean + weight * (tokens / choices - mean)
         self._weights[tenant] = max(SMOOTHING, weight / (1 + weight))
+
+
+class PromptLengths:
+    """Tokens of a prompt of so many bytes, by model: what its chat template adds, and what a byte does."""
+
+    def __init__(self) -> None:
+        self._fits: dict[str, StepFit] = {}
+        self._seen: dict[str, int] = {}
+
+    def predict(self, model: str, size_bytes: int) -> int:
+        """At least 1."""
+        if self._seen.get(model, 0) < WARM:
+            return size_bytes // BYTES_PER_TOKEN + 1
+        return max(1, round(self._fits[model].extrapolate(size_bytes, 0)))
+
+    def learn(self, model: str, size_bytes: int, tokens: int) -> None:
+        """A worker has counted them."""
+        self._fits.setdefault(model, StepFit()).add(size_bytes, 0, tokens)
+        self._seen[model] = self._seen.get(model, 0) + 1

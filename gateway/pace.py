@@ -63,16 +63,17 @@ class Pace:
         target_ns = self._target_ns
         return target_ns is None or (self._credit_ns >= pending_ns and joint_ns <= target_ns)
 
-    def steps_until(self, cost_ns: float, joint_ns: float, step_ns: float) -> float:
+    def steps_until(self, cost_ns: float, joint_ns: float, step_ns: float, *, is_in_parts: bool) -> float:
         """Steps of `step_ns` without a prompt until it allows one, after others that cost as much.
 
-        `joint_ns` is the part of the cost that has not been given to the worker yet.
+        `joint_ns` is the part of the cost that has not been given to the worker yet. Prompts in parts take no more than
+        each step leaves, whatever was saved.
         """
         target_ns = self._target_ns
         if target_ns is None:
             return 0.0
-        earned_ns = max(target_ns - step_ns, LEAST_EARNING * target_ns)
-        return max(0.0, (cost_ns - self._credit_ns) / earned_ns, joint_ns / target_ns - 1)
+        credit_ns = min(0, self._credit_ns) if is_in_parts else self._credit_ns
+        return max(0.0, (cost_ns - credit_ns) / self.part_ns(step_ns), joint_ns / target_ns - 1)
 
     def stepped(self, step_ns: int, *, has_prefill: bool) -> None:
         """A step has ended, and each running answer has its next token."""

@@ -21,7 +21,7 @@ from gateway.exchange import Beaten, Cut, Event, Exchange, Gone, Lost, Overdue, 
 from gateway.fleet import Fleet
 from gateway.hedge import Race
 from gateway.identity import authorization, identify
-from gateway.lengths import OutputLengths, has_fixed_output
+from gateway.lengths import OutputLengths, PromptLengths, has_fixed_output
 from gateway.order import Ticket
 from gateway.outlet import Headers, Outlet, Send
 from gateway.prefixes import Blocks, cut
@@ -94,6 +94,7 @@ class Pipeline:
         """Replaced as a whole when the configuration is read again."""
         self._quotas = Quotas()
         self._lengths = OutputLengths()
+        self._prompts = PromptLengths()
         self._retries = retries.RetryBudget()
         self._limits = limits
         self._scheduler = scheduler
@@ -284,7 +285,7 @@ class Pipeline:
             model,
             terms.band,
             exchange.tenant,
-            call.prompt_tokens_estimate,
+            self._predict_prompt(model, call),
             self._clock.mono_ns(),
             is_hurried=terms.is_first_token_own,
         )
@@ -310,12 +311,16 @@ class Pipeline:
     def _claim(self, exchange: Exchange, call: Call) -> Grant | RequestError:
         """The request's part of its tenant's limits. Last, so that a refused request takes nothing."""
         now_ns = self._clock.mono_ns()
-        tokens = call.prompt_tokens_estimate + self._predict_output(exchange, call)
+        tokens = self._predict_prompt(exchange.model, call) + self._predict_output(exchange, call)
         tenant = self.tenants.get(exchange.tenant)
         grant = self._quotas.admit(exchange.tenant, tenant, tokens, now_ns, self._clock.wall_ns())
         if isinstance(grant, Grant):
             exchange.timeline.admitted_ns = now_ns
         return grant
+
+    def _predict_prompt(self, model: str, call: Call) -> int:
+        known = call.prompt_tokens
+        return known if known is not None else self._prompts.predict(model, len(call.prompt_bytes))
 
     def _predict_output(self, exchange: Exchange, call: Call) -> int:
         sampling = call.sampling
@@ -363,7 +368,7 @@ class Pipeline:
             weight=terms.weight,
             band=0 if is_begun else terms.band,
             sequences=call.sampling.n,
-            input_tokens=call.prompt_tokens_estimate + exchange.output_tokens,
+            input_tokens=self._predict_prompt(exchange.model, call) + exchange.output_tokens,
             output_tokens=max(1, self._predict_output(exchange, call) - exchange.output_tokens),
             has_fixed_output=has_fixed_output(call.sampling),
             size_bytes=len(exchange.body),
@@ -420,6 +425,9 @@ class Pipeline:
     def _note_start(self, exchange: Exchange) -> None:
         """The forecast learns from what has just come true."""
         prompt_tokens, cached_tokens = exchange.prompt_tokens or 0, exchange.cached_tokens or 0
+        call = exchange.call
+        if call is not None and call.prompt_tokens is None and prompt_tokens and not exchange.carried_tokens:
+            self._prompts.learn(exchange.model, len(call.prompt_bytes), prompt_tokens)
         self._scheduler.started(exchange.lease, self._clock.mono_ns(), prompt_tokens, cached_tokens)
 
     def _charge_overrun(self, exchange: Exchange) -> None:

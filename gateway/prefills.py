@@ -141,7 +141,8 @@ class Prefills:
     ) -> int | None:
         """What the step computed of the prompts that it left unfinished, in order; None where nobody knows.
 
-        It had no tokens left where they are more than it could compute. Else something else held them up.
+        It had no tokens left where the first is more than it could compute. Else something held that up, or less of it
+        had been computed than the books say: they leave it as it is then, so that they do not get ever further ahead.
         """
         computed = [prefill for prefill in unfinished if not prefill.step_tokens]
         is_urgent = bool(computed) or any(not prefill.step_tokens for prefill in started)
@@ -155,7 +156,7 @@ class Prefills:
             part = min(most, self._batch_tokens - decodes) - started_tokens
         if not computed:
             return 0  # all of them made way
-        if not 0 <= part < sum([prefill.tokens for prefill in computed]):
+        if not 0 <= part < computed[0].tokens:
             for prefill in computed:
                 prefill.is_unknown = True
             return None

@@ -23,6 +23,11 @@ def wait_ns(worker: Worker, ahead: Work, share: float, priority: int, now_ns: in
     steps = max(
         forecast.steps_until(requests + 1 - worker.room, ahead.mean_answer),
         forecast.prompt_steps(tokens, priority),
-        forecast.pace.steps_until(forecast.pending_ns() + prompts_ns, prompts_ns, forecast.step_ns()),
+        forecast.pace.steps_until(
+            forecast.pending_ns() + prompts_ns,
+            prompts_ns,
+            forecast.step_ns(),
+            is_in_parts=forecast.makes_way and priority > 0,
+        ),
     )
     return forecast.turn_ns(steps, tokens, priority, now_ns) if steps < math.inf else None

@@ -57,6 +57,18 @@ def test_a_prompt_that_was_held_up_is_unknown_until_its_first_token() -> None:
     assert given.step(0, in_time_ns=10) == 0
 
 
+def test_books_that_are_ahead_of_the_engine_do_not_get_further_ahead() -> None:
+    given = prefills((150, PART), (150, PART), (150, PART))
+    assert given.step(0, in_time_ns=10) == PART
+    for _ in range(3):
+        assert given.step(0, in_time_ns=10) is None, "the 50 of the first would have been computed"
+        assert given.unstarted_tokens == 350
+    given.start(0)
+    assert given.step(0, in_time_ns=10) is None
+    assert given.step(0, in_time_ns=10) is None
+    assert given.unstarted_tokens == 250, "50 of the second were computed beside the end of the first"
+
+
 def test_a_cancelled_prompt_is_not_waited_for() -> None:
     given = prefills((150, PART), (300, 0))
     given.forget(1)
