@@ -25,8 +25,9 @@ class Limits(msgspec.Struct, frozen=True, kw_only=True):
     first_token_s: Seconds = 30.0
     total_s: Seconds = 300.0
     token_s: Seconds | None = None
-    """Time per output token that running answers keep: while they are behind it, workers get no new prompts but those
-    of the top band. None starts a prompt wherever there is a slot."""
+    """Time per output token that running answers keep: prompts that are not urgent are computed in parts, so that steps
+    take no longer, and while answers are behind it, workers get no new ones. None starts a prompt wherever there is a
+    slot."""
     attempts: Annotated[int, msgspec.Meta(ge=1, le=16)] = 3
     """Most workers that one request is tried on: before its first token, or to resume its answer."""
     drain_s: Seconds = 300.0
