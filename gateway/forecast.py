@@ -141,7 +141,8 @@ class EngineForecast:
     def started(self, request: int) -> None:
         """The prompt's first token has come, in the frame of the step that is now ending."""
         self._handover.started(request, self._steps)
-        self.pace.started()
+        if self.pace.has_target:
+            self.pace.started()
         prefill = self._prefills.start(request)
         if prefill is not None and prefill.answer is not None and prefill.answer.is_exact:
             self._expect_end(request, prefill.answer, self._steps + 1)
@@ -191,16 +192,17 @@ class EngineForecast:
             return
         base_ns = self._fit.base
         self._enough_tokens = min(self._batch_tokens, max(ENOUGH_NS, ENOUGH_STEPS * base_ns) / slope)
-        self._part_tokens, self._early_part_tokens = (
-            max(1, int(min(self._batch_tokens, max(PART_NS, steps * base_ns) / slope)))
-            for steps in (PART_STEPS, EARLY_PART_STEPS)
-        )
-        part = self._part_tokens
+        part = self._part_tokens = self._tokens_in(max(PART_NS, PART_STEPS * base_ns))
+        self._early_part_tokens = self._tokens_in(max(PART_NS, EARLY_PART_STEPS * base_ns))
         if self.pace.has_target:
-            paced = int(min(self._batch_tokens, self.pace.part_ns(self.step_ns()) / slope))
-            self._paced_tokens = paced = paced if paced > 1 else 1
+            paced = self._paced_tokens = self._tokens_in(self.pace.part_ns(self.step_ns()))
             part = paced if paced < part else part
         self._parts_ahead_tokens = PARTS_AHEAD * part
+
+    def _tokens_in(self, prompts_ns: float) -> int:
+        """That a step computes in the time; at least one, so that it goes on."""
+        tokens = int(prompts_ns / self._fit.slope)
+        return min(tokens, self._batch_tokens) if tokens > 1 else 1
 
     def step_tokens(self, priority: int, waited_ns: int = LONG_WAIT_NS, tokens: int = 0) -> int:
         """`Submit.step_tokens` of a prompt that makes way, and the more so the larger its number; 0 for an urgent one.
