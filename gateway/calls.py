@@ -15,8 +15,6 @@ import msgspec
 from protos.core.contract import ChatPrompt, Prompt, Sampling, TextPrompt, TokenPrompt
 from protos.core.errors import InvalidRequest
 
-"""Estimate for prompts that no one has tokenized yet; workers report the truth."""
-
 INT64_MAX = 2**63 - 1
 Int32 = Annotated[int, msgspec.Meta(ge=-(2**31), le=2**31 - 1)]
 Count = Annotated[int, msgspec.Meta(ge=1, le=2**31 - 1)]

@@ -36,7 +36,7 @@ class StepFit:
         self._least_y, self.most_y = math.inf, 0.0
 
     def add(self, x: float, n: float, y: float) -> None:
-        if self._steps >= WARM and x <= self.most_x and n <= self._most_n:
+        if self.is_warm and x <= self.most_x and n <= self._most_n:
             y = min(y, OUTLIER * self.predict(x, n))
         self._steps += 1
         keep = self._forgetting
@@ -45,6 +45,10 @@ class StepFit:
         self.most_x, self._most_n = max(self.most_x, x), max(self._most_n, n)
         self._least_y, self.most_y = min(self._least_y, y), max(self.most_y, y)
         self._base, self.slope, self._each = self._solve()
+
+    @property
+    def is_warm(self) -> bool:
+        return self._steps >= WARM
 
     def predict(self, x: float, n: float) -> float:
         """0 before the first step."""

@@ -10,8 +10,7 @@ from protos.core.contract import Sampling
 DEFAULT_TOKENS = 128.0
 SMOOTHING = 0.05
 BYTES_PER_TOKEN = 4
-WARM = 8
-"""Prompts of a model after which more is known than `BYTES_PER_TOKEN`."""
+"""Of prompts, while a model's are not known."""
 
 
 class AnswerLength(msgspec.Struct, frozen=True, gc=False):
@@ -57,15 +56,14 @@ class PromptLengths:
 
     def __init__(self) -> None:
         self._fits: dict[str, StepFit] = {}
-        self._seen: dict[str, int] = {}
 
     def predict(self, model: str, size_bytes: int) -> int:
         """At least 1."""
-        if self._seen.get(model, 0) < WARM:
+        fit = self._fits.get(model)
+        if fit is None or not fit.is_warm:
             return size_bytes // BYTES_PER_TOKEN + 1
-        return max(1, round(self._fits[model].extrapolate(size_bytes, 0)))
+        return max(1, round(fit.extrapolate(size_bytes, 0)))
 
     def learn(self, model: str, size_bytes: int, tokens: int) -> None:
         """A worker has counted them."""
         self._fits.setdefault(model, StepFit()).add(size_bytes, 0, tokens)
-        self._seen[model] = self._seen.get(model, 0) + 1

@@ -17,6 +17,7 @@ import msgspec
 from gateway.breaker import Breaker
 from gateway.forecast import EngineForecast
 from gateway.ledger import Held
+from gateway.lengths import BYTES_PER_TOKEN
 from gateway.limiter import SequenceLimit
 from gateway.order import Ticket
 from gateway.prefixes import PrefixIndex
@@ -27,7 +28,6 @@ EJECTED_SHARE = 3
 WARM_UP_NS = 30_000_000_000
 COLD_WEIGHT = 0.1
 """A worker that joins a warm fleet counts for so much of itself at first."""
-BYTES_PER_TOKEN = 4
 FIRST_TOKEN_WEIGHT = 16
 """A delay of one first token counts as the same delay of so many answers: what nobody notices in an answer of seconds
 is much of the time to a first token. With more of it workers get more unlike each other, for little: three with twelve

@@ -4,7 +4,8 @@ import random
 
 import pytest
 
-from gateway.lengths import BYTES_PER_TOKEN, WARM, PromptLengths
+from gateway.fit import WARM
+from gateway.lengths import BYTES_PER_TOKEN, PromptLengths
 
 
 def test_tokens_of_a_prompt_are_learned_with_what_its_template_adds() -> None:

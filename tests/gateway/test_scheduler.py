@@ -287,8 +287,14 @@ def test_prompts_that_make_way_wait_in_the_gateway_and_not_in_the_engine() -> No
     assert placed(scheduler.place(1)) == [1], "which is more than two steps compute of it"
 
 
-def test_prompts_beyond_the_next_step_wait_in_the_gateway() -> None:
-    scheduler = scheduler_with("w", slots=32)
+@pytest.mark.parametrize(
+    ("token_target_ns", "makes_way"),
+    [(None, True), (10**9, False)],
+    ids=["no-pace", "a-pace-and-prompts-that-are-whole"],
+)
+def test_prompts_beyond_the_next_step_wait_in_the_gateway(token_target_ns: int | None, makes_way: bool) -> None:
+    scheduler = Scheduler(token_target_ns)
+    scheduler.worker_joined("w", model_info(names=("a",), max_sequences=32, makes_way=makes_way))
     for number in range(9):
         scheduler.enqueue(ticket(number, input_tokens=1_500))
     scheduler.enqueue(ticket(9, band=0, input_tokens=1_500))
